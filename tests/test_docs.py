@@ -160,5 +160,5 @@ def test_the_code_on_extending_is_the_plugin_that_a_test_installs(block):
 
 
 def test_extending_shows_every_part_of_the_plugin():
-    modules = ("backbone", "decoder", "tokenizer", "compute", "corridor", "observation_keys", "recipes")
+    modules = ("backbone", "decoder", "tokenizer", "rater", "compute", "corridor", "observation_keys", "recipes")
     assert {block.splitlines()[0][2:] for block in SHOWN} == {"pyproject.toml", *(f"{module}.py" for module in modules)}

@@ -18,6 +18,7 @@ from vlaflow.compute.spelling import ComputeKind
 from vlaflow.config import from_json, to_json
 from vlaflow.decoders.base import DecoderConfig
 from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.rating import BaseRaterConfig
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.registry import OURS, RegistryEntry, find, installed, kind_of
 from vlaflow.serving.observation_keys import ObservationKeys, choose
@@ -25,8 +26,8 @@ from vlaflow.simulators.base import Suite, parse_env_name
 from vlaflow.training.recipes import find_recipe, list_recipes
 
 KINDS = {"compute": ComputeKind, "simulators": Suite, "layouts": ObservationKeys, "recipes": ModuleType}
-BASES = {"backbones": BackboneConfig, "decoders": DecoderConfig, "tokenizers": TokenizerConfig}
-HOMES = {"tokenizers": "actions"}
+BASES = {"backbones": BackboneConfig, "decoders": DecoderConfig, "tokenizers": TokenizerConfig, "raters": BaseRaterConfig}
+HOMES = {"tokenizers": "actions", "raters": "decoders"}
 """The subpackage of a group's parts, where it is not called like the group."""
 
 FOREIGN = """

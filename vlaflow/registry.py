@@ -6,6 +6,7 @@ group               name                              object
 vlaflow.backbones   class name, as in config.json     a frozen dataclass derived from ``backbones.base.BackboneConfig``
 vlaflow.decoders    class name, as in config.json     a frozen dataclass derived from ``decoders.base.DecoderConfig``
 vlaflow.tokenizers  class name, as in config.json     a frozen dataclass derived from ``actions.base.TokenizerConfig``
+vlaflow.raters      class name, as in config.json     a frozen dataclass derived from ``decoders.rating.BaseRaterConfig``
 vlaflow.compute     as in ``--compute``               a ``compute.spelling.ComputeKind``
 vlaflow.simulators  the suite, before the slash       a ``simulators.base.Suite``
 vlaflow.layouts     as in ``--observation-keys``      a ``serving.observation_keys.ObservationKeys``
@@ -28,7 +29,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from vlaflow.errors import CapabilityError, ConfigError, VlaflowError
 
 T = TypeVar("T")
-Group = Literal["backbones", "decoders", "tokenizers", "compute", "simulators", "layouts", "recipes"]
+Group = Literal["backbones", "decoders", "tokenizers", "raters", "compute", "simulators", "layouts", "recipes"]
 
 OURS: dict[Group, dict[str, str]] = {
     "backbones": {
@@ -54,6 +55,7 @@ OURS: dict[Group, dict[str, str]] = {
         "PublishedFast": "vlaflow.actions.published_fast:PublishedFast",
         "PublishedFastTokenizer": "vlaflow.actions.published_fast:PublishedFastTokenizer",
     },
+    "raters": {"RaterConfig": "vlaflow.decoders.rater:RaterConfig"},
     "compute": {
         "dense": "vlaflow.compute.dense:DENSE",
         "mean": "vlaflow.compute.consensus:MEAN",

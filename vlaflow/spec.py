@@ -219,7 +219,7 @@ class Chunk:
         regenerated: (L,) bool, which actions were regenerated after the first round; None without refinement.
         draft: (L, D), the actions of the first round if refinement changed any; else None.
         layers: backbone layers run over the prefix.
-        layer_passes: layers run in total: the prefix, every solver step and the rater.
+        layer_passes: layers run in total: the prefix, latent tokens, every solver step and the rater.
         nfe: number of function evaluations: forward passes of the decoder.
         tokens: (S,) token ids that the actions were decoded from; None for decoders of continuous actions.
         token_probability: (S,), probability of each token when the network last evaluated it.

@@ -140,6 +140,12 @@ def test_what_does_not_fit_is_refused_with_what_would():
         choose(2, TIMES, LOSS, {})
 
 
+@pytest.mark.parametrize("typed", ["budget:nan", "budget:0", "budget:-5", "budget:", "budget:soon"])
+def test_a_budget_that_is_no_time_is_told_what_to_type(typed, tmp_path):
+    with pytest.raises(ConfigError, match="A budget is a number of milliseconds above 0, as in budget:20"):
+        parse(typed, checkpoint=Checkpoint(tmp_path, "aa"))
+
+
 def test_a_budget_reads_the_checkpoint_folder(tmp_path):
     home = Checkpoint(tmp_path, "aa")
     with pytest.raises(CalibrationError, match="vlaflow bench latency"):

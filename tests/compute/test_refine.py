@@ -1,5 +1,7 @@
 """Refinement's options: which actions count, where doubted ones go back to, and where doubt comes from."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from vlaflow.compute.doubts import AtRandom, BelowThreshold, Draft, Spread
 from vlaflow.compute.parse import parse
 from vlaflow.compute.refine import DRAWS, Refine
 from vlaflow.decoders.base import Conditioning
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
+from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation.rollout import RolloutConfig, _computing
 from vlaflow.flows.sampling import Sampling
@@ -102,6 +106,55 @@ def test_a_single_chunk_is_doubted_by_the_spread_of_draws_of_its_own():
     assert out.layer_passes == (depth * (1 + 3 + 4 * 2 + 2),) * 2
     sure = decode(POLICY, Refine(Spread(100.0, Consensus(4, inner=Dense(2))), Sampling(2), first))
     assert torch.equal(sure.action_BLD, sure.draft_BLD)
+
+
+def test_the_draws_that_a_draft_is_doubted_by_continue_the_same_actions():
+    """Where actions are committed, the draws have them too: nothing is in doubt there, and the others are drawn given them."""
+    draws = Consensus(4, inner=Dense(2))
+    given = Conditioning(torch.full((2, 6, 4), 3.0), torch.tensor([[0.0, 0, 1, 1, 1, 1]] * 2))
+    out = decode(POLICY, Refine(Spread(0.0, draws), Sampling(2), Dense(3, noise_scale=0)), conditioning=given)
+    assert not out.spread_BL[:, :2].any()
+    drawn = helpers.generators(2)
+    for generator in drawn:
+        torch.randn(6, 4, generator=generator)  # the first round's noise
+    with torch.no_grad():
+        prefix = out.groups[0].prefix
+        alone = draws.decode(POLICY.model, prefix, drawn, Stopwatch(POLICY.device), given)
+    assert torch.equal(out.spread_BL, alone.spread_BL)
+
+
+@pytest.mark.parametrize("decoder", [MaskedDiffusionConfig, partial(DiscreteFlowConfig, masks="unified")])
+def test_actions_that_are_kept_stay_to_the_bit_where_tokens_would_round_them(decoder):
+    """A mean of draws lies between bins. Kept actions are context as tokens, and come back as they were."""
+    policy = helpers.token_policy(decoder, helpers.BINS)
+    out = decode(policy, Refine(AtRandom(0.5), Sampling(3), Consensus(3, inner=Dense(3))), 4)
+    kept_BL = ~out.regenerated_BL
+    assert kept_BL.any()
+    assert out.regenerated_BL.any()
+    assert torch.equal(out.action_BLD[kept_BL], out.draft_BLD[kept_BL])
+
+
+@pytest.mark.parametrize(
+    "doubt",
+    [AtRandom(1.0), Spread(0.0, Consensus(2, inner=Dense(2, temperature=1.0)))],
+    ids=["at-random", "spread-of-own-draws"],
+)
+def test_layers_over_a_prefix_that_reads_the_tokens_are_counted_in_both_rounds(doubt):
+    """Each of the steps runs prefix and tokens together: two passes through two layers."""
+    policy = helpers.token_policy(partial(DiscreteFlowConfig, masks="unified", attention="full"), helpers.BINS)
+    out = decode(policy, Refine(doubt, Sampling(3), Dense(4)))
+    assert out.regenerated_BL.all()
+    steps = 4 + 3 + (2 * 2 if isinstance(doubt, Spread) else 0)
+    assert out.nfe == (steps,) * 2
+    assert out.layer_passes == (2 * 2 * steps,) * 2
+
+
+def test_steps_that_had_no_token_left_to_reveal_are_not_counted():
+    """One action of four tokens is regenerated, so at most four of the ten steps have any work."""
+    policy = helpers.token_policy(MaskedDiffusionConfig, helpers.BINS)
+    out = decode(policy, Refine(AtRandom(1.0), Sampling(10), Dense(1), executed=1))
+    assert out.nfe == (1 + 4,) * 2
+    assert out.layer_passes == (2 * (1 + 1 + 4),) * 2
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ def test_dense_as_people_type_it():
     assert Dense(grid=(1.0, 0.3, 0.0)).steps == 2
 
 
-@pytest.mark.parametrize("typed", ["dense,temperature=0", "dense@0.5", "dense,expected", "refine@0.5", "refine,clock=0.5"])
+@pytest.mark.parametrize(
+    "typed", ["dense,temperature=0", "dense@0.5", "dense,expected", "refine@0.5", "refine,clock=0.5", "dense,3"]
+)
 def test_settings_without_a_colon_are_told_what_to_type(typed):
     with pytest.raises(ConfigError, match="Settings follow a colon") as refusal:
         parse(typed)
@@ -62,6 +64,12 @@ def test_refinement_takes_settings_and_an_inner_policy_of_its_own():
     assert (once.stochastic, once.settling, once.sampling) == (0, 1, Sampling(1, expected=True))
     staged = parse("two-stage:6+2/0.3,temperature=0")
     assert (staged.refresh, staged.sampling) == (0.3, Sampling(8, temperature=0.0))
+
+
+@pytest.mark.parametrize("typed", ["dense:N", "dense:2,depth=N", "mean:N", "two-stage:N+1", "refine:executed=N"])
+def test_numbers_of_thousands_of_digits_are_refused_in_one_sentence(typed):
+    with pytest.raises(ConfigError):
+        parse(typed.replace("N", "9" * 5000))
 
 
 @pytest.mark.parametrize("wrong", ["dense:2+dense:3", "two-stage:6+2+dense", "dense+", "dense:2+", "refine+", "two-stage:6"])

@@ -1,5 +1,7 @@
 """Compute policies on tokens: two stages, refinement of single tokens, early exit; through the policy's public face."""
 
+from math import inf
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from vlaflow.compute.dense import Dense
 from vlaflow.compute.doubts import AtRandom, BelowThreshold, Spread
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.parse import able, parse
+from vlaflow.compute.refine import Refine
 from vlaflow.compute.refine_tokens import Improbable, RefineTokens
 from vlaflow.compute.spelling import Knobs
 from vlaflow.compute.two_stage import TwoStage
@@ -129,6 +132,32 @@ def test_what_is_reported_of_a_chunk_depends_on_no_neighbour(config):
         for name in ("nfe", "layers", "layer_passes"):
             assert getattr(alone, name)[0] == getattr(together, name)[row], name
         assert torch.equal(alone.tokens.id_BS[0], together.tokens.id_BS[row])
+
+
+def test_what_is_drawn_after_a_sequence_has_ended_depends_on_no_neighbour():
+    """At the next depth new tokens are drawn, by a generator that has drawn for this observation's own tokens alone."""
+    policy = helpers.token_policy(AutoregressiveConfig, depth=3, exits=ExitTraining((1, 2, 3)))
+    with torch.no_grad():
+        policy.model.decoder.head.bias[-1] += 1.5  # so that sequences end, each at another place
+    fresh = EarlyExit(ExitPlan((1, 2, 3), "l2", Sampling(1, temperature=1.0), "fresh"), (-inf, inf))
+    together = policy.act(SIX, fresh, generator=helpers.generators(6))
+    assert len({chunk.nfe for chunk in together}) > 1
+    for seed, chunk in enumerate(together):
+        alone = policy.act(SIX[seed], fresh, generator=helpers.generators(1, seed)[0])
+        assert alone.nfe == chunk.nfe
+        np.testing.assert_array_equal(alone.tokens, chunk.tokens)
+
+
+def test_what_is_drawn_after_the_last_token_was_revealed_depends_on_no_neighbour():
+    """A third round doubts what it does by a generator that has drawn for this observation's own steps alone."""
+    policy = helpers.token_policy(MaskedDiffusionConfig, helpers.BINS)
+    twice = Refine(AtRandom(0.3), Sampling(12), Refine(AtRandom(0.3), Sampling(12), Dense(4)))
+    together = policy.act(SIX, twice, generator=helpers.generators(6))
+    assert len({chunk.nfe for chunk in together}) > 1
+    for seed, chunk in enumerate(together):
+        alone = policy.act(SIX[seed], twice, generator=helpers.generators(1, seed)[0])
+        assert alone.nfe == chunk.nfe
+        np.testing.assert_array_equal(alone.actions, chunk.actions)
 
 
 def test_a_rater_rejects_the_tokens_of_the_actions_it_doubts():

@@ -186,3 +186,16 @@ def test_a_detached_prefix_gives_the_backbone_no_gradient_through_its_keys_and_v
     assert stem.grad is None
     policy.model.decoder.loss(prefix_of(policy), targets, torch.Generator().manual_seed(0)).total.backward()
     assert stem.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("clock", [1.0, 0.5])
+def test_a_chunk_that_is_taken_for_noise_has_noise_in_what_its_robot_lacks(clock):
+    """The warm start "anchor": training shows noise there at every clock, so zeros would be something the network never saw."""
+    policy = helpers.policy(masks="synchronous")
+    decoder, mask_BLD = policy.model.decoder, torch.ones(2, 6, 4, dtype=torch.bool)
+    mask_BLD[0, :, 3], mask_BLD[1, 4:] = False, False
+    prefix = dataclasses.replace(prefix_of(policy), action_mask_BLD=mask_BLD)
+    given = Conditioning(torch.zeros(2, 6, 4), torch.full((2, 6), clock), noised=True)
+    state = decoder.start(prefix, helpers.generators(2), Sampling(2), given)
+    noise_BLD = decoder.start(prefix, helpers.generators(2), Sampling(2)).x_BLX
+    torch.testing.assert_close(state.x_BLX, torch.where(mask_BLD, 0.0, clock * noise_BLD), rtol=0, atol=1e-7)

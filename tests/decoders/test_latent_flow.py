@@ -1,12 +1,17 @@
 """Latent actions in front of a flow expert: who reads what, where gradients go, and that both ways of answering agree."""
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
 
 from tests import helpers
+from vlaflow.compute.consensus import Consensus
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import AtRandom
+from vlaflow.compute.early_exit import EarlyExit, ExitPlan
+from vlaflow.compute.refine import Refine
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Targets
 from vlaflow.decoders.exits import ExitTraining
@@ -25,10 +30,10 @@ EXPERT = ExpertConfig(BlockConfig(width=24, heads=3, kv_heads=3, head_dim=8, ffn
 FLOW = FlowConfig(4, 6, masks="synchronous", expert=EXPERT, time_token=True)
 
 
-def policy(answer="parallel", fast=True, flow=FLOW, **settings):
+def policy(answer="parallel", fast=True, flow=FLOW, exits=None, **settings):
     tokens = AutoregressiveConfig(4, helpers.FAST, chunk_size=6) if fast else None
     decoder = LatentFlowConfig(flow, LatentTokensConfig(K, BOOK, answer), tokens, **settings)
-    config = replace(helpers.policy_config(), system="iflybot", decoder=decoder)
+    config = replace(helpers.policy_config(), system="iflybot", decoder=decoder, exits=exits)
     made = Policy.create(
         config, helpers.action_spec(), {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)}, 0
     )
@@ -265,3 +270,35 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path, answer):
 def test_what_does_not_fit_is_refused(make, sentence):
     with pytest.raises(ConfigError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("answer", ["parallel", "autoregressive"])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        Dense(3),
+        Dense(3, depth=1),
+        Consensus(3, inner=Dense(2)),
+        Refine(AtRandom(1.0), Sampling(2), Dense(3), any_training=True),
+        EarlyExit(ExitPlan((1, 2), "l2", Sampling(2)), (inf,)),
+    ],
+    ids=lambda compute: compute.name,
+)
+def test_layer_passes_count_the_latent_tokens(answer, compute, monkeypatch):
+    """They pass the backbone's layers as often as the chunk is begun; the rest is prefix and expert."""
+    made = policy(answer, flow=replace(FLOW, masks="unified", time_token=False), exits=ExitTraining((1, 2)))
+    ran = [0]
+
+    def counted(run):
+        def layer(*arguments, **settings):
+            hidden = arguments[1] if isinstance(arguments[0], int) else arguments[0]
+            ran[0] += len(hidden)
+            return run(*arguments, **settings)
+
+        return layer
+
+    monkeypatch.setattr(made.model.backbone, "layer", counted(made.model.backbone.layer))
+    for layer in made.model.decoder.flow.stack.layers:
+        monkeypatch.setattr(layer, "forward", counted(layer.forward))
+    chunk = made.act(helpers.observation(), compute)
+    assert chunk.layer_passes == ran[0]

@@ -1,11 +1,14 @@
 """Labels of the confidence rater, and what the rater may touch."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import helpers
-from vlaflow.decoders.rater import RaterConfig, rater_labels
+from vlaflow.decoders.rater import RaterConfig
+from vlaflow.decoders.rating import BaseRaterConfig, rater_labels
+from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
 
 
@@ -68,3 +71,20 @@ def test_labels_are_relative_unless_a_scale_is_stated():
     error_BL, valid_BL = torch.rand(2, 5), torch.ones(2, 5, dtype=torch.bool)
     config = RaterConfig(BlockConfig(32, 2, 2, 16, 64))
     assert torch.equal(config.labels(error_BL, valid_BL), rater_labels(error_BL, valid_BL))
+
+
+def test_a_rater_of_another_width_than_the_backbone_is_told_which():
+    with pytest.raises(ConfigError, match=r"hidden states, which are 32 wide; set rater\.block\.width to that instead of 48"):
+        helpers.policy().with_rater(RaterConfig(BlockConfig(48, 2, 2, 24, 64)), seed=0)
+
+
+def test_a_rater_without_a_scale_of_errors_refuses_absolute_labels():
+    class Certain(BaseRaterConfig):
+        def build(self, spec, action_dim, chunk_size):
+            raise NotImplementedError
+
+    with pytest.raises(ConfigError, match="A Certain has no labels on the scale of the error; leave labels=absolute out"):
+        Certain().with_error_scale(1.0)
+    error_BL, valid_BL = torch.rand(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    assert torch.equal(Certain().labels(error_BL, valid_BL), rater_labels(error_BL, valid_BL))
+    assert Certain().error_scale is None

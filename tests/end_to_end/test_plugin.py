@@ -144,6 +144,25 @@ def test_its_action_tokenizer_is_fitted_and_decodes_for_a_decoder_of_ours(comman
     assert "is 'KnotsTokenizer', which nothing installed provides" in said
 
 
+def test_its_rater_is_trained_by_a_recipe_of_ours_and_refinement_asks_it(command, elsewhere, trained, tmp_path):
+    """It rates the chunks of a flow, which ``refine`` regenerates below a threshold that no rating reaches: all of them."""
+    dataset, settings = trained.parent / "dataset", ("--steps", 2, "--batch-size", 8, "--no-calibrate")
+    command("train", "asyncvla.demo", "--dataset", dataset, "--out", tmp_path / "policy", *settings)
+    rater = ("--policy", tmp_path / "policy", "--set", 'rater={"kind": "HorizonRaterConfig", "steepest": 4.0}')
+    command("train", "asyncvla.rater", "--dataset", dataset, "--out", tmp_path / "rated", *rater, *settings[:4])
+    config = json.loads((tmp_path / "rated/config.json").read_text())
+    assert config["rater"] == {"kind": "HorizonRaterConfig", "steepest": 4.0}
+    computes = ("--compute", "dense", "--compute", "refine:threshold=1+dense:10")
+    settings = ("--episodes", 1, "--no-videos", "--workers", 0, "--out", tmp_path / "eval")
+    command("eval", tmp_path / "rated", "--env", "corridor/left", *computes, *settings)
+    found = json.loads((tmp_path / "eval/results.json").read_text())
+    assert [one["nfe"] for one in found["latency"]] == [10, 20]
+    said = elsewhere("eval", tmp_path / "rated", "--env", "metaworld/reach-v3", "--out", tmp_path / "other")
+    assert "is 'HorizonRaterConfig', which nothing installed provides; installed: RaterConfig" in said
+    said = elsewhere("train", "asyncvla.rater", "--dataset", dataset, "--out", tmp_path / "again", *rater)
+    assert "'HorizonRaterConfig', which nothing installed provides" in said
+
+
 def test_its_policy_is_served_to_its_client(site, trained):
     """The actions of a request with the layout's keys point to the end that is asked for."""
     image = np.full((16, 16, 3), 40, np.uint8)

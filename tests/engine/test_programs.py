@@ -21,6 +21,8 @@ from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.latent_reader import LatentTokensConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
+from vlaflow.decoders.model import Model
+from vlaflow.decoders.rating import Rater
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.engine.deployed import DeployedModel
 from vlaflow.engine.fold import folded
@@ -128,6 +130,29 @@ def test_one_set_of_programs_serves_every_sampler(sampling):
         "3,heun": Sampling(3, solver="heun"),
     }[sampling]
     assert largest_difference(policy, other, Dense.by(chosen)) < ROUNDING
+    assert not programs.missed
+
+
+class FirstActions(Rater):
+    """A rater of another distribution: it looks at the state that the prefix knows, which no program of ours is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.judge = torch.nn.Linear(4 + 4, 1)
+
+    def forward(self, prefix, action_BLD):
+        state_BLS = prefix.state_BS[:, None].expand(-1, action_BLD.shape[1], -1)
+        return self.judge(torch.cat((state_BLS, action_BLD), -1))[..., 0].sigmoid()
+
+
+def test_a_rater_of_another_distribution_runs_as_it_is():
+    policy = made(FlowConfig(4, 6))
+    policy = dataclasses.replace(policy, model=Model(policy.model.backbone, policy.model.decoder, FirstActions()))
+    compute = Refine(BelowThreshold(0.5), Sampling(STEPS), Dense(STEPS))
+    other, programs = deployed(policy, compute)
+    chunk = other.act(helpers.observation(), compute)
+    assert chunk.layer_passes == 2 + 2 * STEPS + 1 + 2 * STEPS * bool(chunk.regenerated.any())
+    assert largest_difference(policy, other, compute) < ROUNDING
     assert not programs.missed
 
 

@@ -206,7 +206,7 @@ class Decoded:
         groups: the observations as deep as they were encoded, for what continues.
         layers: depth each chunk was made at, B of them.
         nfe: decoder evaluations, B.
-        layer_passes: network layers run over prefix, solver steps and rater, B.
+        layer_passes: network layers run over prefix, latent tokens, solver steps and rater, B.
         confidence_BL: the rater's, where one was asked.
         regenerated_BL: bool, actions regenerated.
         draft_BLD: the chunk before refinement.

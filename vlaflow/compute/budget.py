@@ -341,8 +341,10 @@ def _parse(typed: Spelling) -> ComputePolicy:
     checkpoint = typed.measured()
     try:
         milliseconds = float(typed.more)
+        if not milliseconds > 0:
+            raise ValueError
     except ValueError:
-        raise ConfigError(f"A budget is a number of milliseconds, as in budget:20, got '{typed.more}'.") from None
+        raise ConfigError(f"A budget is a number of milliseconds above 0, as in budget:20, got '{typed.more}'.") from None
     return within(checkpoint, milliseconds, typed.knobs).compute
 
 

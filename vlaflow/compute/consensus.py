@@ -179,7 +179,7 @@ def _chosen(tokens: Tokens, chosen_B: Tensor, nfe: tuple[int, ...], draws: int) 
 
 
 def _parse(typed: Spelling, choose: Literal["mean", "medoid"]) -> Consensus:
-    if re.fullmatch(r"[1-9]\d*", typed.more) is None:
+    if re.fullmatch(r"[1-9]\d{0,8}", typed.more) is None:
         raise ConfigError(
             f"{choose} takes a number of draws, and may take what makes them: {choose}:8 or {choose}:8+dense:2@0.5, not "
             f"'{typed.name}'."

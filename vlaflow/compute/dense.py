@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator
@@ -12,7 +13,7 @@ from torch import Generator
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Passes, Requirements, Stages, Stopwatch
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Conditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Decoder, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.flows.sampling import Sampling, Solver
 
@@ -94,21 +95,25 @@ class Dense(ComputePolicy):
             groups=(Group(torch.arange(batch, device=action_BLD.device), prefix),),
             layers=(depth,) * batch,
             nfe=nfe,
-            layer_passes=spent(prefix, depth, nfe, tokens),
+            layer_passes=spent(model.decoder, prefix, depth, nfe, tokens),
             tokens=tokens,
         )
 
 
-def spent(prefix: Prefix, depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
-    """Layers run over the prefix (where it was run before the first step) and over the evaluations, per observation."""
-    before = prefix.depth
-    after = tokens.passes(depth) if tokens else tuple(depth * count for count in nfe)
-    return tuple(before + count for count in after)
+def spent(decoder: Decoder[Any], prefix: Prefix, depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
+    """Layers run over the prefix (where it was run before the first step) and for the chunk, per observation."""
+    return tuple(prefix.depth + count for count in solved(decoder, depth, nfe, tokens))
+
+
+def solved(decoder: Decoder[Any], depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
+    """Layers that ``Decoder.solve`` ran, per observation, those over a prefix that reads the tokens included."""
+    evaluated = tokens.passes(depth) if tokens else tuple(depth * count for count in nfe)
+    return tuple(decoder.start_passes(depth) + count for count in evaluated)
 
 
 def _parse(typed: Spelling) -> Dense:
     typed.require(more=True, usage="dense takes settings of the sampler as in dense:2@0.5, and layers as in dense:2,depth=3.")
-    found = re.fullmatch(r"(.*?)(?:,depth=(\d+))?", typed.more)
+    found = re.fullmatch(r"(.*?)(?:,depth=(\d{1,9}))?", typed.more)
     settings, depth = found.groups() if found else (typed.more, None)
     return Dense.by(typed.sampling(settings), int(depth) if depth else None, label=typed.name)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import Passes, Stopwatch
 from vlaflow.compute.consensus import Consensus
-from vlaflow.decoders.base import Tokens
+from vlaflow.decoders.base import Conditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
 
@@ -33,6 +33,7 @@ class Draft:
         generators: one per observation.
         action_RLD: normalised.
         spread_RL: of the draws they were made from, where there were several.
+        conditioning: what they were made with.
     """
 
     model: Model
@@ -41,6 +42,7 @@ class Draft:
     action_RLD: Tensor
     spread_RL: Tensor | None
     watch: Stopwatch
+    conditioning: Conditioning | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,14 @@ class Scores:
         score_RL: float, the larger the more doubtful.
         confidence_RL: the rater's, where it was run.
         spread_RL: of several draws, where they were made for this.
+        nfe, layer_passes: what such draws cost each observation; empty without them.
     """
 
     score_RL: Tensor
     confidence_RL: Tensor | None = None
     spread_RL: Tensor | None = None
+    nfe: tuple[int, ...] = ()
+    layer_passes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,25 @@ class Judged:
 
     Args:
         doubted: bool, of actions (R, L) or of tokens (R, S).
-        confidence_RL, spread_RL: see ``Scores``.
+        confidence_RL, spread_RL, nfe, layer_passes: see ``Scores``.
     """
 
     doubted: Tensor
     confidence_RL: Tensor | None = None
     spread_RL: Tensor | None = None
+    nfe: tuple[int, ...] = ()
+    layer_passes: tuple[int, ...] = ()
+
+    @staticmethod
+    def by(scores: Scores, doubted: Tensor) -> Judged:
+        """What was doubted by these scores."""
+        return Judged(doubted, scores.confidence_RL, scores.spread_RL, scores.nfe, scores.layer_passes)
+
+    def cost(self, model: Model) -> list[tuple[int, int]]:
+        """Decoder evaluations and layer passes of the judgement of each observation, the rater's included."""
+        rated = model.rater.layers if model.rater is not None and self.confidence_RL is not None else 0
+        nothing = (0,) * len(self.doubted)
+        return [(n, rated + p) for n, p in zip(self.nfe or nothing, self.layer_passes or nothing, strict=True)]
 
 
 class TokenDoubt(ABC):
@@ -85,10 +103,6 @@ class TokenDoubt(ABC):
     def spread(self) -> bool:
         """Whether it needs a first round of several draws."""
         return False
-
-    def nfe(self, model: Model) -> int:
-        """Decoder evaluations that the judgement of one chunk takes, at full depth; by default none."""
-        return 0
 
     def passes(self, depth: int) -> Passes:
         """The passes through the networks that the judgement takes, besides the rater's; by default none."""
@@ -120,7 +134,7 @@ class Doubt(TokenDoubt):
     def judge(self, draft: Draft) -> Judged:
         """The doubted actions."""
         found = self.score(draft)
-        return Judged(found.score_RL > self.limit, found.confidence_RL, found.spread_RL)
+        return Judged.by(found, found.score_RL > self.limit)
 
     def judge_tokens(self, draft: Draft, tokens: Tokens) -> Judged:
         """All tokens of the doubted actions; see ``TokenDoubt``."""
@@ -131,7 +145,7 @@ class Doubt(TokenDoubt):
                 "tokens instead: RefineTokens(Improbable(0.5))."
             )
         judged = self.judge(draft)
-        return Judged(judged.doubted.repeat_interleave(tokenizer.dim, 1), judged.confidence_RL, judged.spread_RL)
+        return replace(judged, doubted=judged.doubted.repeat_interleave(tokenizer.dim, 1))
 
 
 @dataclass(frozen=True)
@@ -213,11 +227,6 @@ class Spread(Doubt):
         """See ``Doubt``."""
         return self.threshold
 
-    def nfe(self, model: Model) -> int:
-        """Those of its own draws."""
-        stages = None if self.draws is None else self.draws.inner.stages
-        return 0 if self.draws is None or stages is None else self.draws.draws * model.decoder.nfe(stages.sampling)
-
     def passes(self, depth: int) -> Passes:
         """Those of its own draws, whose prefix has been read."""
         return Passes(frozenset(), frozenset() if self.draws is None else self.draws.passes(depth).steps)
@@ -226,9 +235,11 @@ class Spread(Doubt):
         """The spread."""
         if self.draws is not None:
             with draft.watch.part("first"):
-                made = self.draws.decode(draft.model, draft.prefix, draft.generators, Stopwatch(draft.watch.device))
+                watch = Stopwatch(draft.watch.device)
+                made = self.draws.decode(draft.model, draft.prefix, draft.generators, watch, draft.conditioning)
             assert made.spread_BL is not None  # a consensus reports it
-            return Scores(made.spread_BL, spread_RL=made.spread_BL)
+            passes = tuple(count - draft.prefix.depth for count in made.layer_passes)
+            return Scores(made.spread_BL, None, made.spread_BL, made.nfe, passes)
         if draft.spread_RL is None:
             raise CapabilityError("Refinement by spread needs several draws.")
         return Scores(draft.spread_RL)

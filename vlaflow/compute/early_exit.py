@@ -194,7 +194,7 @@ class EarlyExit(ComputePolicy):
             took_R = answers.tokens.nfe if answers.tokens else (each,) * len(rows)
             for row, took in zip(rows, took_R, strict=True):
                 layers[row], nfe[row] = depth, nfe[row] + took
-                passes[row] += depth * took
+                passes[row] += depth * took + model.decoder.start_passes(depth)
             if answers.previous_RLD is None:
                 continue
             if number == len(self.plan.exits):  # however far it is, even if it is no number

@@ -61,7 +61,8 @@ def parse(name: str, knobs: Knobs = DEFAULTS, checkpoint: Checkpoint | None = No
             break
     word = re.split("[,@]", kind)[0]
     if word != kind and word in registry.names("compute"):
-        raise ConfigError(f"Settings follow a colon: '{word}:{name.removeprefix(word)}', not '{name}'.")
+        settings = re.sub(r"^,(?=\d)", "", name.removeprefix(word))
+        raise ConfigError(f"Settings follow a colon: '{word}:{settings}', not '{name}'.")
     made = registry.load("compute", kind, ComputeKind, f"There is no compute policy '{kind}'")
     inner = None if after is None else parse(after, knobs, checkpoint)
     return made.parse(Spelling(name, more or "", inner, knobs, checkpoint))

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, Stopwatch
-from vlaflow.compute.dense import Dense
+from vlaflow.compute.dense import Dense, solved
 from vlaflow.compute.doubts import BelowThreshold, Doubt, Draft, require_spread
 from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.capability import Capability
@@ -23,6 +23,20 @@ from vlaflow.flows.sampling import Sampling
 
 DRAWS = Sampling(2)
 """How the draws of ``refine-spread:draws=K`` are made: two steps of unit noise, the cheapest that differ much."""
+
+
+@dataclass(frozen=True)
+class Regenerated:
+    """Chunks of a second round.
+
+    Args:
+        action_RLD: normalised.
+        nfe, layer_passes: what each cost.
+    """
+
+    action_RLD: Tensor
+    nfe: tuple[int, ...]
+    layer_passes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -104,7 +118,6 @@ class Refine(ComputePolicy):
         draft_BLD, device = first.action_BLD, first.action_BLD.device
         action_BLD, doubted_BL = draft_BLD.clone(), torch.zeros(draft_BLD.shape[:2], dtype=torch.bool, device=device)
         confidence_BL, spread_BL = first.confidence_BL, first.spread_BL
-        each, looked = model.decoder.nfe(self.sampling), self.doubt.nfe(model)
         layers, passes, nfe, groups = list(first.layers), list(first.layer_passes), list(first.nfe), []
         depth = model.backbone.spec.depth
         for group in first.groups:
@@ -114,29 +127,26 @@ class Refine(ComputePolicy):
             groups.append(replace(group, prefix=prefix))
             draft_RLD = draft_BLD[row_R]
             spread_RL = None if first.spread_BL is None else first.spread_BL[row_R]
-            judged = self.doubt.judge(Draft(model, prefix, mine, draft_RLD, spread_RL, watch))
             kept = conditioning.select(row_R) if conditioning is not None else None
+            judged = self.doubt.judge(Draft(model, prefix, mine, draft_RLD, spread_RL, watch, kept))
             doubt_RL = judged.doubted & self._countable(judged.doubted, kept)
             doubted_BL[row_R] = doubt_RL
             confidence_BL = _filled(confidence_BL, judged.confidence_RL, row_R, doubted_BL)
             spread_BL = _filled(spread_BL, judged.spread_RL, row_R, doubted_BL)
-            rated = model.rater.config.depth if model.rater and judged.confidence_RL is not None else 0
-            extra = prefix.depth - group.prefix.depth + rated + looked * depth
+            for row, (looked, judging) in zip(row_R.tolist(), judged.cost(model), strict=True):
+                nfe[row] += looked
+                passes[row] += prefix.depth - group.prefix.depth + judging
             again_A = doubt_RL.any(1).nonzero()[:, 0]
             if len(again_A):  # only chunks with a doubt cost anything more
                 with watch.part("refine"):
                     part = prefix if len(again_A) == len(row_R) else prefix.select(again_A)
                     theirs = [mine[place] for place in again_A.tolist()]
-                    action_BLD[row_R[again_A]] = self.regenerate(
+                    again = self.regenerate(
                         model, part, theirs, draft_RLD[again_A], doubt_RL[again_A], kept and kept.select(again_A)
                     )
-            for row in row_R.tolist():
-                passes[row] += extra
-                nfe[row] += looked
-            for row in row_R[again_A].tolist():
-                passes[row] += each * depth
-                nfe[row] += each
-                layers[row] = depth
+                action_BLD[row_R[again_A]] = again.action_RLD
+                for row, more, ran in zip(row_R[again_A].tolist(), again.nfe, again.layer_passes, strict=True):
+                    nfe[row], passes[row], layers[row] = nfe[row] + more, passes[row] + ran, depth
         return Decoded(
             action_BLD,
             groups=tuple(groups),
@@ -157,7 +167,7 @@ class Refine(ComputePolicy):
         draft_RLD: Tensor,
         doubted_RL: Tensor,
         kept: Conditioning | None = None,
-    ) -> Tensor:
+    ) -> Regenerated:
         """The second round alone: drafts whose doubted actions are made again from ``clock``, with the others as context.
 
         Args:
@@ -165,11 +175,15 @@ class Refine(ComputePolicy):
             prefix: at full depth.
             generators: one per observation.
             draft_RLD: normalised.
-            doubted_RL: bool; the others stay to the bit.
+            doubted_RL: bool; the others stay to the bit, also those of which a decoder of tokens only sees the nearest ones.
             kept: what the drafts were conditioned on.
         """
         begin = Conditioning.around(kept, draft_RLD, self.clock * doubted_RL.float())
-        return model.decoder.sample(prefix, generators, self.sampling, begin)
+        state = model.decoder.solve(prefix, generators, self.sampling, begin)
+        tokens = model.decoder.tokens(state)
+        nfe = tokens.nfe if tokens else (model.decoder.nfe(self.sampling),) * len(draft_RLD)
+        action_RLD = torch.where(doubted_RL[..., None], model.decoder.finish(state), draft_RLD)
+        return Regenerated(action_RLD, nfe, solved(model.decoder, model.backbone.spec.depth, nfe, tokens))
 
     def _countable(self, like_RL: Tensor, kept: Conditioning | None) -> Tensor:
         """Bool (R, L): the actions that will be executed and are not committed."""

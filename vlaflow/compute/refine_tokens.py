@@ -105,17 +105,16 @@ class RefineTokens(ComputePolicy):
             groups.append(replace(group, prefix=whole))
             before = first.tokens.select(row_R)
             spread_RL = None if first.spread_BL is None else first.spread_BL[row_R]
-            draft = Draft(model, whole, mine, action_BLD[row_R], spread_RL, watch)
+            kept = None if conditioning is None else conditioning.select(row_R)
+            draft = Draft(model, whole, mine, action_BLD[row_R], spread_RL, watch, kept)
             judged = self.doubt.judge_tokens(draft, before)
             doubt_RS, rating_RL = judged.doubted, judged.confidence_RL
-            if conditioning is not None:
-                doubt_RS &= decoder.token_conditioning(conditioning).clock_BS[row_R] > 0
+            if kept is not None:
+                doubt_RS &= decoder.token_conditioning(kept).clock_BS > 0
             if rating_RL is not None:
                 if confidence_BL is None:
                     confidence_BL = action_BLD.new_zeros(action_BLD.shape[:2])
                 confidence_BL[row_R] = rating_RL
-            extra = model.rater.config.depth if model.rater is not None and rating_RL is not None else 0
-            looked = self.doubt.nfe(model)
             again_R, after = doubt_RS.any(1), before
             if bool(again_R.any()):  # only chunks with a doubt cost anything more
                 again_A, sure_N = again_R.nonzero()[:, 0], (~again_R).nonzero()[:, 0]
@@ -129,8 +128,8 @@ class RefineTokens(ComputePolicy):
             parts.append(after)
             depth = model.backbone.spec.depth
             more = [a - b for a, b in zip(after.passes(depth), before.passes(depth), strict=True)]
-            for place, row in enumerate(row_R.tolist()):
-                passes[row] += whole.depth - group.prefix.depth + extra + looked * depth + more[place]
+            for place, (row, (looked, judging)) in enumerate(zip(row_R.tolist(), judged.cost(model), strict=True)):
+                passes[row] += whole.depth - group.prefix.depth + judging + more[place]
                 nfe[row] = after.nfe[place] + looked
                 layers[row] = depth if again_R[place] else layers[row]
         order = torch.cat([group.row_R for group in first.groups]).argsort()

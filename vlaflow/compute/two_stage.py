@@ -115,13 +115,13 @@ class TwoStage(ComputePolicy):
             groups=(Group(torch.arange(batch, device=action_BLD.device), prefix),),
             layers=(depth,) * batch,
             nfe=nfe,
-            layer_passes=spent(prefix, depth, nfe, tokens),
+            layer_passes=spent(decoder, prefix, depth, nfe, tokens),
             tokens=tokens,
         )
 
 
 def _parse(typed: Spelling) -> TwoStage:
-    found = re.fullmatch(r"(\d+)\+(\d+)(?:/(\d*\.?\d+))?(?:,temperature=(\d*\.?\d+))?(,expected)?", typed.more)
+    found = re.fullmatch(r"(\d{1,9})\+(\d{1,9})(?:/(\d*\.?\d+))?(?:,temperature=(\d*\.?\d+))?(,expected)?", typed.more)
     if found is None or typed.inner is not None:
         raise ConfigError(
             "two-stage takes stochastic and deterministic steps, and may take a refresh, a temperature and 'expected', as in "

@@ -186,4 +186,4 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         weight_B1V = self.weights(logits_B1V, temperature, expected=expected, slot=slice(slot, slot + 1))
         if expected:
             return weight_B1V.argmax(-1)
-        return pick(weight_B1V, uniforms(state.generators, (1,), logits_B1V.device))
+        return pick(weight_B1V, uniforms(state.generators, (1,), logits_B1V.device, ~state.ended_B))

@@ -1,10 +1,9 @@
 """The contract of a decoder: ``loss`` for training; ``start``, ``advance``, ``finish`` for inference.
 
-Whatever a token is, it carries a clock: 1 is pure noise, 0 is done. What a decoder is given are actions (``Conditioning``) or
-tokens (``TokenConditioning``) with clocks: committed or confident ones at 0, ones to be made at 1, warm-started ones in
-between.
+Whatever a token is, it carries a clock: 1 is pure noise, 0 is done. What a decoder is given with clocks is in
+``conditioning``, what it learns in ``targets``; both are importable from here.
 
-Shape letters: B batch, L chunk size, D action dimension, S token slots.
+Shape letters: B batch, R rows of it, L chunk size, D action dimension, S token slots, N steps, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,128 +19,28 @@ from torch import Generator, Tensor, nn
 
 from vlaflow.actions.base import Tokenizer, TokenizerConfig
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
-from vlaflow.data.batch import Executed, moved
 from vlaflow.decoders.capability import Capability
+from vlaflow.decoders.conditioning import Conditioning, Guidance, TokenConditioning
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.losses import Draws, LossTerms
+from vlaflow.decoders.targets import Targets
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.flows.consistency import Teaching, VelocityField
+from vlaflow.flows.consistency import VelocityField
 from vlaflow.flows.sampling import Sampling
 from vlaflow.registry import Group, Part
 
+__all__ = [
+    "Conditioning",
+    "Decoder",
+    "DecoderConfig",
+    "Guidance",
+    "LatentCodes",
+    "Targets",
+    "TokenConditioning",
+    "Tokens",
+]
+
 State = TypeVar("State")
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What to learn.
-
-    Args:
-        action_BLD: normalised actions.
-        valid_BL: bool, which of them count.
-        code_BK: latent action codes; one of −1 is unknown and teaches nothing.
-        executed: what the robot was given instead, normalised: a committed beginning consists of it. None when it was
-            ``action_BLD``.
-        mask_BLD: bool, the dimensions and steps that the robot's chunks have; the others are padding. None for all.
-        id_BS: int64, the actions as tokens of the decoder's vocabulary; None where it has none or makes them itself.
-        teaching: the velocity to learn in place of the data's, for decoders with a ``velocity_field``.
-    """
-
-    action_BLD: Tensor
-    valid_BL: Tensor
-    code_BK: Tensor | None = None
-    executed: Executed | None = None
-    mask_BLD: Tensor | None = None
-    id_BS: Tensor | None = None
-    teaching: Teaching | None = None
-
-    def mean_over_dimensions(self, value_BLD: Tensor) -> Tensor:
-        """Mean over the dimensions that the robot has, (B, L); 0 on steps that it does not have."""
-        if self.mask_BLD is None:
-            return value_BLD.mean(-1)
-        return (value_BLD * self.mask_BLD).sum(-1) / self.mask_BLD.sum(-1).clamp(min=1)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
-        """The same on another device."""
-        return Targets(
-            moved(self.action_BLD, device, non_blocking=non_blocking),
-            moved(self.valid_BL, device, non_blocking=non_blocking),
-            moved(self.code_BK, device, non_blocking=non_blocking),
-            None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
-            moved(self.mask_BLD, device, non_blocking=non_blocking),
-            moved(self.id_BS, device, non_blocking=non_blocking),
-            self.teaching,
-        )
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Known actions that a flow is bent towards (``flows.guidance``) where it was not trained to be given them.
-
-    Args:
-        action_BLD: normalised actions.
-        weight_BL: how strongly each counts, in [0, 1].
-    """
-
-    action_BLD: Tensor
-    weight_BL: Tensor
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Tokens known beforehand, and the clock each starts from.
-
-    Args:
-        action_BLD: normalised actions.
-        clock_BL: in [0, 1].
-        noised: the actions already are what a token at that clock looks like; nothing is mixed into them. By default they
-            are clean, and fresh noise brings them to their clock.
-        guidance: actions to be bent towards on the way, whatever the clocks.
-    """
-
-    action_BLD: Tensor
-    clock_BL: Tensor
-    noised: bool = False
-    guidance: Guidance | None = None
-
-    def select(self, row_R: Tensor) -> Conditioning:
-        """Rows of the batch."""
-        guidance = self.guidance and Guidance(self.guidance.action_BLD[row_R], self.guidance.weight_BL[row_R])
-        return Conditioning(self.action_BLD[row_R], self.clock_BL[row_R], self.noised, guidance)
-
-    @property
-    def committed_BL(self) -> Tensor:
-        """bool, actions at clock 0, which nothing changes."""
-        return self.clock_BL == 0
-
-    @staticmethod
-    def around(conditioning: Conditioning | None, draft_BLD: Tensor, clock_BL: Tensor, *, noised: bool = False) -> Conditioning:
-        """What a chunk starts from that is made from a draft of itself: what was committed stays, and so does the guidance.
-
-        Args:
-            conditioning: that the draft was made with.
-            draft_BLD: normalised actions.
-            clock_BL: of the draft's actions, in [0, 1].
-            noised: see the class.
-        """
-        if conditioning is None:
-            return Conditioning(draft_BLD, clock_BL, noised)
-        kept_BL = conditioning.committed_BL
-        draft_BLD = torch.where(kept_BL[..., None], conditioning.action_BLD, draft_BLD)
-        return Conditioning(draft_BLD, clock_BL.masked_fill(kept_BL, 0), noised, conditioning.guidance)
-
-
-@dataclass(frozen=True)
-class TokenConditioning:
-    """Tokens of a vocabulary known beforehand, and the clock each starts from.
-
-    Args:
-        id_BS: int64 ids.
-        clock_BS: in [0, 1]; a token at clock 0 is never changed.
-    """
-
-    id_BS: Tensor
-    clock_BS: Tensor
 
 
 @dataclass(frozen=True)
@@ -314,6 +213,10 @@ class Decoder(nn.Module, ABC, Generic[State]):
     @abstractmethod
     def nfe(self, sampling: Sampling) -> int:
         """Network evaluations that a chunk costs."""
+
+    def start_passes(self, depth: int) -> int:
+        """Layers that ``start`` runs for each chunk, at this depth of the prefix; by default none."""
+        return 0
 
     def prepare(self, targets: Targets) -> Targets:
         """Targets with what the loss needs of them and only the CPU can compute; by default there is nothing."""

@@ -293,11 +293,10 @@ class FlowDecoder(Decoder[FlowState]):
         if conditioning is None:
             return FlowState(noise_BLX, torch.ones(noise_BLX.shape[:2], device=device), 0, sampling)
         x_BLX = self._pad(conditioning.action_BLD.float())
-        d = c.action_dim
         if not conditioning.noised:
             x_BLX = gaussian.interpolate(x_BLX, noise_BLX, conditioning.clock_BL)
-        elif x_BLX.shape[-1] > d:
-            x_BLX = torch.cat((x_BLX[..., :d], conditioning.clock_BL[..., None] * noise_BLX[..., d:]), -1)
+        elif (mask_BLX := self._mask(prefix.action_mask_BLD, x_BLX)) is not None:  # what is no action is noise at any clock
+            x_BLX = torch.where(mask_BLX, x_BLX, conditioning.clock_BL[..., None] * noise_BLX)
         guide = conditioning.guidance and replace(
             conditioning.guidance, action_BLD=self._pad(conditioning.guidance.action_BLD.float())
         )

@@ -150,8 +150,12 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         self.flow.learn_exits(exits)
 
     def nfe(self, sampling: Sampling) -> int:
-        """Of the expert; the latent tokens are one more pass of a few tokens through the backbone."""
+        """Of the expert, whatever the latent tokens take."""
         return self.flow.nfe(sampling)
+
+    def start_passes(self, depth: int) -> int:
+        """See ``Decoder``: of the latent tokens."""
+        return self.latent.passes * depth
 
     def prepare(self, targets: Targets) -> Targets:
         """See ``Decoder``: the FAST tokens, where these are targets."""

@@ -84,6 +84,11 @@ class LatentReader(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.head = nn.Linear(spec.width, config.book)
 
+    @property
+    def passes(self) -> int:
+        """Passes through the backbone's layers that ``read`` takes."""
+        return 1 if self.config.answer == "parallel" else 1 + self.config.codes
+
     def read(self, prefix: Prefix) -> Written:
         """Have the tokens written, greedily where one depends on another, through as many layers as the prefix has run."""
         if self.config.answer == "parallel":

@@ -139,7 +139,8 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
             if not bool(state.hidden_BS.any()) and not c.remask:
                 break
             logits_BSV = self._look(state, prefix)
-            uniform_B2S = uniforms(state.generators, (2, self.slots), logits_BSV.device)
+            competes_BS = state.free_BS if c.remask else state.hidden_BS
+            uniform_B2S = uniforms(state.generators, (2, self.slots), logits_BSV.device, competes_BS.any(1))
             drawn_BS = pick(self.weights(logits_BSV, temperature, expected=sampling.expected), uniform_B2S[:, 0])
             id_BS = torch.where(state.hidden_BS, drawn_BS, state.id_BS)
             chance_BS = torch.where(state.hidden_BS, probability_of(logits_BSV, id_BS), state.probability_BS)
@@ -147,7 +148,6 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
             noise_BS = gumbel(uniform_B2S[:, 1]) * choice_temperature * masked.masked_share(progress).float()
             fading_BS = torch.where(state.hidden_BS, 1.0, 1 - progress)
             sure_BS = (chance_BS * fading_BS).clamp(min=1e-30).log() + noise_BS
-            competes_BS = state.free_BS if c.remask else state.hidden_BS
             hidden_BS = masked.lowest(sure_BS.masked_fill(~competes_BS, float("inf")), left_B) & competes_BS
             looks_B = state.looks_B + competes_BS.any(1)
             state = replace(state.moved(id_BS, chance_BS), hidden_BS=hidden_BS, looks_B=looks_B)

@@ -10,7 +10,7 @@ from torch import nn
 from vlaflow.backbones.base import Backbone, Prefix
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.decoders.base import Decoder
-from vlaflow.decoders.rater import ConfidenceRater
+from vlaflow.decoders.rating import Rater
 
 
 class Model(nn.Module):
@@ -25,7 +25,7 @@ class Model(nn.Module):
         self,
         backbone: Backbone,
         decoder: Decoder[Any],
-        rater: ConfidenceRater | None = None,
+        rater: Rater | None = None,
         depths: tuple[int, ...] = (),
     ) -> None:
         super().__init__()

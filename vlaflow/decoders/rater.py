@@ -9,19 +9,22 @@ Shape letters: B batch, P prefix tokens, L chunk size, D action dimension, W wid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.decoders.rating import BaseRaterConfig, Rater, rater_labels
+from vlaflow.errors import ConfigError
 from vlaflow.nn.block import Block, BlockConfig, make_norm
 from vlaflow.nn.drawn import drawn
 from vlaflow.ranges import Positive
 
 
 @dataclass(frozen=True)
-class RaterConfig:
+class RaterConfig(BaseRaterConfig):
     """The rater.
 
     Args:
@@ -39,31 +42,27 @@ class RaterConfig:
     error_scale: Positive | None = None
 
     def labels(self, error_BL: Tensor, valid_BL: Tensor) -> Tensor:
-        """What the rating of actions with these squared errors should be, (B, L)."""
+        """See ``BaseRaterConfig``: relative to the chunk's other errors, or by the error itself where a scale is stated."""
         if self.error_scale is None:
             return rater_labels(error_BL, valid_BL, self.alpha, self.beta)
         return absolute_labels(error_BL, self.error_scale, self.alpha, self.beta)
 
-    def build(self, action_dim: int, chunk_size: int) -> ConfidenceRater:
-        """The network, randomly initialised."""
+    def with_error_scale(self, scale: float) -> Self:
+        """See ``BaseRaterConfig``."""
+        return replace(self, error_scale=scale)
+
+    def build(self, spec: BackboneSpec, action_dim: int, chunk_size: int) -> ConfidenceRater:
+        """The network, randomly initialised.
+
+        Raises:
+            ConfigError: its blocks are not as wide as the backbone.
+        """
+        if self.block.width != spec.width:
+            raise ConfigError(
+                f"A rater reads the backbone's hidden states, which are {spec.width} wide; set rater.block.width to that "
+                f"instead of {self.block.width}."
+            )
         return ConfidenceRater(self, action_dim, chunk_size)
-
-
-def rater_labels(error_BL: Tensor, valid_BL: Tensor, alpha: float = 0.01, beta: float = 0.98, eps: float = 1e-6) -> Tensor:
-    """q = 1 − α − β·(e − min e)/(max e − min e + ε) within each chunk (AsyncVLA eq. 6).
-
-    Args:
-        error_BL: squared error per action, ≥ 0, (B, L).
-        valid_BL: bool; padded and paused actions take no part in the minimum and maximum.
-
-    Returns:
-        (B, L) in [1 − α − β, 1 − α], falling as the error grows; 1 − α everywhere when all errors are equal. Labels of
-        invalid actions are clamped into the range and must be masked by the caller.
-    """
-    low_B1 = error_BL.masked_fill(~valid_BL, float("inf")).amin(1, keepdim=True)
-    high_B1 = error_BL.masked_fill(~valid_BL, float("-inf")).amax(1, keepdim=True)
-    share_BL = ((error_BL - low_B1) / (high_B1 - low_B1 + eps)).nan_to_num(0.0).clamp(0, 1)
-    return 1 - alpha - beta * share_BL
 
 
 def absolute_labels(error_BL: Tensor, scale: float, alpha: float = 0.01, beta: float = 0.98) -> Tensor:
@@ -81,7 +80,7 @@ def absolute_labels(error_BL: Tensor, scale: float, alpha: float = 0.01, beta: f
     return 1 - alpha - beta * error_BL / (error_BL + scale)
 
 
-class ConfidenceRater(nn.Module):
+class ConfidenceRater(Rater):
     """Full attention over the prefix's hidden states and the chunk's actions, then a sigmoid per action."""
 
     def __init__(self, config: RaterConfig, action_dim: int, chunk_size: int) -> None:
@@ -92,6 +91,11 @@ class ConfidenceRater(nn.Module):
         self.blocks = nn.ModuleList(Block(config.block) for _ in range(config.depth))
         self.norm = make_norm(config.block.norm, width, config.block.eps)
         self.rate = nn.Linear(width, 1)
+
+    @property
+    def layers(self) -> int:
+        """Its blocks."""
+        return len(self.blocks)
 
     def logits(self, prefix: Prefix, action_BLD: Tensor) -> Tensor:
         """Confidence before the sigmoid, (B, L); the backbone gets no gradient."""
@@ -106,5 +110,5 @@ class ConfidenceRater(nn.Module):
         return self.rate(self.norm(x_BTW[:, -token_BLW.shape[1] :]))[..., 0]
 
     def forward(self, prefix: Prefix, action_BLD: Tensor) -> Tensor:
-        """Confidence in (0, 1) of every action of a normalised chunk, (B, L) float32."""
+        """See ``Rater``; in (0, 1)."""
         return self.logits(prefix, action_BLD).float().sigmoid()

@@ -50,7 +50,9 @@ class DeployedModel(Model):
     """
 
     def __init__(self, model: Model, deployed: programs.Programs, engine: str) -> None:
-        rater = None if model.rater is None else DeployedRater(model.rater, deployed)
+        rater = model.rater
+        if isinstance(rater, ConfidenceRater):  # another kind of rater has no program
+            rater = DeployedRater(rater, deployed)
         super().__init__(model.backbone, with_programs(model.decoder, deployed), rater, model.depths)
         self.programs, self._engine = deployed, engine
 

@@ -21,6 +21,7 @@ from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
 from vlaflow.decoders.flow import FlowDecoder
 from vlaflow.decoders.latent_flow import LatentFlowDecoder
 from vlaflow.decoders.model import Model
+from vlaflow.decoders.rater import ConfidenceRater
 from vlaflow.decoders.regression import RegressionDecoder
 from vlaflow.decoders.tokens import TokenDecoder
 from vlaflow.engine import modules, programs
@@ -60,7 +61,8 @@ def _of(model: Model, inputs: Inputs, passes: Passes) -> Iterator[Program]:
             yield Program(programs.run_key(before, upto), module, tuple(programs.run_inputs(before)))
     for depth, draws in sorted(passes.steps):
         yield from steps(model.decoder, backbone, prefix_at(depth, draws))
-    if (rater := model.rater) is None:
+    rater = model.rater
+    if not isinstance(rater, ConfidenceRater):  # of another kind of rater nothing is known, of its steps as of a decoder's
         return
     for depth, draws in sorted(passes.ratings):
         prefix = prefix_at(depth, draws)

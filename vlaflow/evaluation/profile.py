@@ -133,7 +133,8 @@ def _work_of_parts(policy: Policy, observation: Observation) -> dict[str, Work]:
     for name, part in _parts(policy, observation).items():
         kind, _, depth = name.partition(" ")
         layers = int(depth or 0)
-        passes = {"embed": len(policy.views), "prefix": layers, "step": nfe * (layers + 1)}
+        steps = nfe * (layers + 1) + policy.model.decoder.start_passes(layers)
+        passes = {"embed": len(policy.views), "prefix": layers, "step": steps}
         found[name] = _work(part, policy, passes[kind])
     return found
 

@@ -131,8 +131,9 @@ class Workbench:
                     generator.set_state(state)
                 doubted_BL = torch.from_numpy(doubted_NL[begin : begin + len(generators)]).to(draft_BLD.device)
                 begin += len(generators)
-                made_BLD = refine.regenerate(policy.model, policy.model.read(prefix), generators, draft_BLD, doubted_BL)
-                found.append(policy.targets(batch).mean_over_dimensions((made_BLD - target_BLD).square().cpu()))
+                made = refine.regenerate(policy.model, policy.model.read(prefix), generators, draft_BLD, doubted_BL)
+                error_BLD = (made.action_RLD - target_BLD).square()
+                found.append(policy.targets(batch).mean_over_dimensions(error_BLD.cpu()))
         return torch.cat(found).numpy()
 
     @torch.no_grad()

@@ -11,9 +11,26 @@ import torch
 from torch import Generator, Tensor
 
 
-def uniforms(generators: Sequence[Generator], shape: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Uniform numbers in [0, 1), (B, *shape): every observation has its own generator, so it does not depend on its batch."""
-    return torch.stack([torch.rand(tuple(shape), generator=g) for g in generators]).to(device)
+def uniforms(
+    generators: Sequence[Generator],
+    shape: Sequence[int],
+    device: torch.device | None = None,
+    drawing_B: Tensor | None = None,
+) -> Tensor:
+    """Uniform numbers in [0, 1), (B, *shape): every observation has its own generator, so it does not depend on its batch.
+
+    Args:
+        generators: B of them.
+        shape: of the numbers of one observation.
+        device: where they go.
+        drawing_B: bool, observations that are not done yet; the others get zeros, and their generators stay as they are, so
+            that what they draw later does not depend on how long their neighbours take. None for all.
+    """
+    drawing = [True] * len(generators) if drawing_B is None else drawing_B.tolist()
+    drawn = [
+        torch.rand(tuple(shape), generator=g) if d else torch.zeros(*shape) for g, d in zip(generators, drawing, strict=True)
+    ]
+    return torch.stack(drawn).to(device)
 
 
 def pick(weight_BSV: Tensor, uniform_BS: Tensor) -> Tensor:

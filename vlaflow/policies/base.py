@@ -38,7 +38,7 @@ from vlaflow.decoders.answers import Answer, greedy
 from vlaflow.decoders.base import Conditioning, Targets
 from vlaflow.decoders.losses import LossTerms
 from vlaflow.decoders.model import Model
-from vlaflow.decoders.rater import RaterConfig
+from vlaflow.decoders.rating import BaseRaterConfig
 from vlaflow.engine.deploy import Engine
 from vlaflow.errors import CapabilityError, SpecError
 from vlaflow.io import read_json
@@ -140,11 +140,11 @@ class Policy:
             action_spec = action_spec.with_chunk_size(config.decoder.chunk_size)
         return Policy(config, action_spec, stats, model, backbone_processor=processor, robots=robots or {})
 
-    def with_rater(self, rater: RaterConfig, seed: int) -> Policy:
+    def with_rater(self, rater: BaseRaterConfig, seed: int) -> Policy:
         """The same policy, sharing its weights, with a new rater drawn from ``seed``."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = rater.build(self.config.decoder.action_dim, self.config.decoder.chunk_size)
+            network = rater.build(self.model.backbone.spec, self.config.decoder.action_dim, self.config.decoder.chunk_size)
         model = Model(self.model.backbone, self.model.decoder, network, self.model.depths)
         return replace(self, config=replace(self.config, rater=rater), model=model, folder=None)
 

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.decoders.base import Decoder, Targets
-from vlaflow.decoders.rater import RaterConfig
+from vlaflow.decoders.rating import BaseRaterConfig
 from vlaflow.flows.consistency import Consistency, Teaching
 from vlaflow.policies.base import PolicyConfig
 
@@ -87,7 +87,7 @@ def distilling(config: PolicyConfig, consistency: Consistency, side: int) -> Dry
     return replace(student, networks=nn.ModuleList((student.networks, teacher)))
 
 
-def rating(config: PolicyConfig, rater: RaterConfig, side: int, draws: int = 1) -> DryRun:
+def rating(config: PolicyConfig, rater: BaseRaterConfig, side: int, draws: int = 1) -> DryRun:
     """A rater learns from some chunks per observation, on a frozen policy whose layers keep nothing for the backward pass."""
     model = _without_weights(replace(config, rater=rater)).build()
     network = model.rater

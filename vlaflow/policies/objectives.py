@@ -26,7 +26,7 @@ from vlaflow.data.pairs import chosen_view
 from vlaflow.data.reading import Reading
 from vlaflow.data.source import Source
 from vlaflow.data.vqa import VqaDataset
-from vlaflow.decoders.rater import RaterConfig
+from vlaflow.decoders.rating import BaseRaterConfig
 from vlaflow.errors import ConfigError
 from vlaflow.flows.consistency import Consistency
 from vlaflow.flows.sampling import Sampling
@@ -251,7 +251,7 @@ class RaterObjective(Objective):
         sampling: of the chunks; those of the sampler whose chunks it will rate teach it most.
     """
 
-    rater: RaterConfig
+    rater: BaseRaterConfig
     labels: Literal["relative", "absolute"] = "relative"
     draws: Count = 1
     expected: bool = False
@@ -318,7 +318,8 @@ class RaterObjective(Objective):
         """The objective with the scale of absolute labels, measured where it is not stated."""
         if self.labels == "relative" or self.rater.error_scale is not None:
             return self
-        return replace(self, rater=replace(self.rater, error_scale=median_error(policy, train, self.sampling, seed)))
+        self.rater.with_error_scale(1.0)  # refused before anything is measured where there is no such scale
+        return replace(self, rater=self.rater.with_error_scale(median_error(policy, train, self.sampling, seed)))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.base import DecoderConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
-from vlaflow.decoders.rater import RaterConfig
+from vlaflow.decoders.rating import BaseRaterConfig
 from vlaflow.errors import ConfigError
 from vlaflow.io import load_weights, require_undamaged
 from vlaflow.nn.meta import require_fits
@@ -58,7 +58,7 @@ class PolicyConfig:
     system: str
     backbone: BackboneConfig
     decoder: DecoderConfig
-    rater: RaterConfig | None = None
+    rater: BaseRaterConfig | None = None
     exits: ExitTraining | None = None
     state_normalisation: Mode = "mean_std"
     action_normalisation: Mode = "mean_std"
@@ -101,7 +101,7 @@ class PolicyConfig:
         decoder.begin_from(backbone)
         if self.exits is not None:
             decoder.learn_exits(self.exits)
-        rater = self.rater.build(self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
+        rater = self.rater.build(backbone.spec, self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
         return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
 
     def opened(self, file: Path, device: str) -> Model:
