@@ -65,8 +65,13 @@ class DeadlineError(VlaflowError):
     """A request was not computed before its deadline."""
 
 
+def closest(name: str, options: Iterable[str]) -> str | None:
+    """The valid name that is most like a misspelt one; None when nothing is close."""
+    return next(iter(difflib.get_close_matches(name[:80], sorted(options), n=1, cutoff=0.5)), None)
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """A hint for a misspelt name: the closest valid one, or the whole list when nothing is close."""
-    options, name = sorted(options), name[:80]
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"valid names: {', '.join(options)}"
+    options = sorted(options)
+    close = closest(name, options)
+    return f"did you mean '{close}'?" if close else f"valid names: {', '.join(options)}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import helpers
+from vlaflow.cli.deploy import main
 from vlaflow.compute.budget import LADDER, Ladder, Profile, Rung, profile_file, save
 from vlaflow.compute.calibration import FOLDER
 from vlaflow.compute.cost import ChunkWork, CostModel, Work
@@ -182,6 +183,26 @@ def test_auto_takes_programs_only_where_they_are_faster(deployed):
         measured = store.Speed(milliseconds, found.measured.eager, 0.0)
         store.write(replace(found, measured=measured), place)
         assert with_engine(policy, "auto").model.engine == engine
+
+
+@pytest.mark.parametrize(
+    ("options", "milliseconds", "said", "unsaid"),
+    [
+        ((), 5.0, (), ("filled up", "stays eager")),
+        (("--batch", "1", "--batch", "8"), 5.0, (), ("filled up", "stays eager")),
+        (("--batch", "8"), 5.0, ("One observation is filled up to 8", "add --batch 1"), ("stays eager",)),
+        (("--batch", "4", "--batch", "8"), 20.0, ("One observation is filled up to 4", "--engine auto stays eager"), ()),
+    ],
+)
+def test_the_command_says_when_programs_gain_nothing(
+    compiler, checkpoint, monkeypatch, capsys, options, milliseconds, said, unsaid
+):
+    """Of eight rows, one observation needs one, so programs of eight alone can lose against the networks."""
+    monkeypatch.setattr(deployment, "_compared", lambda *_: store.Speed(milliseconds, 10.0, 1e-6))
+    assert main([str(checkpoint), "--compute", "dense:2", *options]) == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in said), out
+    assert not any(words in out for words in unsaid), out
 
 
 def test_a_missing_compiler_is_one_sentence(monkeypatch, checkpoint):

@@ -11,7 +11,7 @@ from vlaflow.compute.calibration import FOLDER
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.sampler_choice import FILE
 from vlaflow.decoders.regression import RegressionConfig
-from vlaflow.errors import CapabilityError
+from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.nn.block import BlockConfig
 from vlaflow.nn.precision import autocast
 from vlaflow.policies.base import Policy
@@ -75,3 +75,17 @@ def test_a_sampler_chosen_in_another_dtype_is_used_with_a_note(tmp_path, caplog)
     assert not caplog.text
     assert Policy.from_pretrained(tmp_path, dtype="bf16").default_compute.name == "dense:2"
     assert "was calibrated in fp32, and this is bf16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dtype": "bfloat16"}, "no dtype 'bfloat16'; did you mean 'bf16'"),
+        ({"engine": "Eager"}, "no engine 'Eager'; did you mean 'eager'"),
+    ],
+)
+def test_a_misspelt_dtype_or_engine_is_refused(options, sentence, tmp_path):
+    """It would have computed in float32 and called it otherwise, or asked for programs that nothing can build."""
+    helpers.policy().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=sentence):
+        Policy.from_pretrained(tmp_path, **options)

@@ -5,13 +5,16 @@ import json
 import pytest
 
 from tests.training.small import write_dataset
+from vlaflow.cli.main import main
 from vlaflow.config import to_json
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import split_episodes
+from vlaflow.errors import CheckpointError
 from vlaflow.policies.provenance import (
     TrainedOn,
     TrainedVqa,
     ancestry,
+    fingerprint,
     new_episodes,
     newest_state,
     run_of,
@@ -33,6 +36,30 @@ def run_from(fraction, seed, data="d", **more):
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return Dataset.open(write_dataset(tmp_path_factory.mktemp("data") / "dataset"))
+
+
+@pytest.mark.parametrize("command", ["serve", "eval", "deploy", "bench latency", "calibrate"])
+def test_a_folder_that_is_no_checkpoint_is_one_sentence(command, tmp_path, monkeypatch, capsys):
+    """Serving the data set in place of the policy is an easy mistake."""
+    monkeypatch.setattr("vlaflow.engine.store.require_compiler", lambda _: None)
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # the log of vlaflow serve is not for the tests after this one
+    more = {
+        "eval": ["--env", "obstacle/pass-v0", "--out", f"{tmp_path}/out"],
+        "calibrate": ["--dataset", f"{tmp_path}", "--exit-budget", "0.4"],
+    }
+    (tmp_path / "dataset").mkdir()
+    assert main([*command.split(), f"{tmp_path}/dataset", *more.get(command, [])]) == 2
+    assert "config.json is missing; " in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path):
+    for name in ("config.json", "action_spec.json", "stats.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing; .* is not a complete checkpoint"):
+        fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read \(Is a directory\)"):
+        fingerprint(tmp_path)
 
 
 def test_training_states_are_in_the_order_of_their_steps(tmp_path):

@@ -2,15 +2,19 @@
 
 import asyncio
 import logging
+import re
 import socket
 from contextlib import ExitStack
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import helpers
 from tests.serving.live import expected, port_of, request, serving
 from tests.serving.test_fairness import Clock
+from vlaflow.cli.main import main
 from vlaflow.robot.client import Client
 from vlaflow.serving import listener
 from vlaflow.serving.listener import BURST, PER_S, Budget, Listener, log_pauses
@@ -107,3 +111,26 @@ def test_a_server_that_stops_during_a_pause_logs_nothing_of_the_closed_socket(mo
     with caplog.at_level(logging.WARNING):
         asyncio.run(run())
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        (("--host", "203.0.113.7", "--token", "t"), "203.0.113.7:8000 .*; name an address of this machine with --host"),
+        (("--port", "BUSY"), "127.0.0.1:[0-9]+ .*; choose another --port"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_refused_before_anything_is_computed(
+    address, sentence, tmp_path, monkeypatch, capsys
+):
+    """The first chunks of a large policy take minutes."""
+    helpers.policy().save_pretrained(tmp_path)
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # the log of vlaflow serve is not for the tests after this one
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    monkeypatch.setattr("vlaflow.serving.engine.Engine.warm_up", lambda *_: pytest.fail("a chunk was computed"))
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        assert main(["serve", str(tmp_path), *(port if each == "BUSY" else each for each in address)]) == 2
+    assert re.search(sentence, capsys.readouterr().err)

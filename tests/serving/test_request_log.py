@@ -89,7 +89,7 @@ def test_every_request_is_one_line_with_its_number_client_time_and_outcome(lines
     assert {line["client"] for line in asked} == {host}
     assert all(line["ms"] > 0 for line in asked)
     assert [line.get("nfe") for line in asked] == [3, None, None, 3]
-    assert asked[1]["note"] == "The request lacks 'observation/image'; valid names: prompt"
+    assert asked[1]["note"] == "The request lacks 'observation/image'; it has 'prompt'."
     others = [line["event"] for line in found if "request" not in line]
     assert others == ["serving", "connected", "left", "stopping"] or others == ["serving", "connected", "stopping", "left"]
     times = [datetime.fromisoformat(line["time"]) for line in found]

@@ -85,7 +85,8 @@ def jpeg():
             r"from 0 to 255; floats must lie in \[0, 1\]\. Send it as uint8: image\.astype\(np\.uint8\)",
         ),
         (IMAGE / 127.5 - 1, r"from -1 to 1; .* Undo the normalisation: \(image \+ 1\) / 2"),
-        (np.full((8, 8, 3), np.nan), r"from nan to nan; floats must lie in \[0, 1\]"),
+        (np.full((8, 8, 3), np.nan), r"has 192 values that are not finite\. Send the last good image of the camera"),
+        (np.where(IMAGE > 250, np.inf, 0.5), r"values that are not finite"),
         (IMAGE.astype(np.int64) * 257, r"integers from 0 to 65535; an image needs 0 to 255"),
         (IMAGE > 100, "got bool"),
         (None, r"nothing \(None\)"),
@@ -127,6 +128,17 @@ def test_the_keys_of_openpis_own_data_sets_are_named_with_options():
     assert found.state.tolist() == [0, 1, 2]
     with pytest.raises(RequestError, match="lacks 'observation/wrist_image'; did you mean 'wrist_image'"):
         read({"observation/image": IMAGE, **sent}, **choose("libero", ("a", "b")))
+
+
+def test_a_missing_key_is_never_taken_for_one_that_has_its_own_meaning():
+    """The image is not misspelt where the state is named as it should be; it was not sent."""
+    sent = {"observation/state": [0.0], "prompt": "x"}
+    with pytest.raises(RequestError, match=r"lacks 'observation/image'; it has 'observation/state' and 'prompt'\."):
+        read(sent, **PLACE)
+    with pytest.raises(RequestError, match=r"lacks 'observation/image'; did you mean 'observation/images'"):
+        read({"observation/images": IMAGE, **sent}, **PLACE)
+    with pytest.raises(RequestError, match=r"lacks 'observation/image'\.$"):
+        read({}, **PLACE)
 
 
 def test_a_request_without_a_prompt_gets_the_default_or_a_cure():

@@ -9,6 +9,7 @@ from vlaflow.cli.check import main
 from vlaflow.errors import ConfigError
 from vlaflow.simulators.checker import CHECKS, check_environment
 from vlaflow.simulators.metaworld import MetaWorldEnv
+from vlaflow.simulators.obstacle import ObstacleEnv
 from vlaflow.spec import Observation
 
 TASK = "window-close-v3"
@@ -103,6 +104,51 @@ class Late(MetaWorldEnv):
         return self.observe
 
 
+class Losing(ObstacleEnv):
+    """Terminates where it fails, as gymnasium allows."""
+
+    def advance(self, action):
+        reward, terminated, truncated, info = super().advance(action)
+        return reward, terminated or truncated, truncated, info
+
+
+class Fixed(ObstacleEnv):
+    """Knows no options of a reset."""
+
+    def restart(self, seed=None):
+        return super().restart(seed)
+
+
+class Hasty(ObstacleEnv):
+    """Cuts episodes off sooner than its suite says, and calls its state otherwise."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._max_episode_steps = 20
+        self.state_names = ("x", "depth")
+
+
+class Nameless(ObstacleEnv):
+    """Has no name."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        del self.name
+
+
+class Upside(ObstacleEnv):
+    """Shows itself upside down in videos."""
+
+    def render(self):
+        return super().render()[::-1]
+
+    def observe(self):
+        return Observation({self.view: super().render()}, self.state, self.task_description)
+
+    def _observation(self):
+        return {"pixels": super().render(), "agent_pos": self.state}
+
+
 class Endless(MetaWorldEnv):
     """Ends later than it says."""
 
@@ -124,11 +170,17 @@ class Endless(MetaWorldEnv):
         (Unlike, ["observe() returns"]),
         (Late, ["A postponed observation"]),
         (Endless, ["The episode is cut off"]),
+        (Losing, ["Success terminates the episode"]),
+        (Fixed, ["A reset takes the option"]),
+        (Hasty, ["Name, views, state"]),
+        (Nameless, ["Name, views, state"]),
+        (Upside, ["render() returns the main view"]),
     ],
 )
 def test_a_broken_environment_is_found_out(kind, promises):
     """A checker that cannot fail checks nothing."""
-    found = broken_promises(kind(TASK, size=32))
+    env = kind(TASK, size=32) if issubclass(kind, MetaWorldEnv) else kind("pass-v0", size=32)
+    found = broken_promises(env)
     assert all(any(f.startswith(p) for f in found) for p in promises), found
 
 

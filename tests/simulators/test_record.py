@@ -13,6 +13,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.simulators import make
 from vlaflow.simulators.experts import Noise, Noisy, episode_generator, expert_for, noises
+from vlaflow.simulators.obstacle import ObstacleEnv
 from vlaflow.simulators.record import RecordConfig, episode_seed, record
 
 ENVS = ("metaworld/window-close-v3", "metaworld/button-press-topdown-v3")
@@ -121,6 +122,37 @@ def test_an_expert_that_cannot_succeed_is_reported_and_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match="Use less noise"):
         record(config, tmp_path / "never", workers=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_episode_that_terminates_without_success_is_not_a_demonstration(tmp_path, monkeypatch):
+    """gymnasium's environments terminate where they fail, too, and one of another package may: ``info`` says what happened."""
+
+    class Losing(ObstacleEnv):
+        def advance(self, action):
+            reward, terminated, truncated, info = super().advance(action)
+            return reward, terminated or truncated, truncated and info["steps"] == 50, info
+
+    env = Losing("pass-v0", size=32)
+    monkeypatch.setattr("vlaflow.simulators.record.cached", lambda *_, **__: env)
+    monkeypatch.setattr("vlaflow.simulators.record.expert_for", lambda _: lambda env, error=None: np.array([0, 1], np.float32))
+    with pytest.raises(DataError, match="failed with 2 seeds in a row"):
+        record(RecordConfig(("obstacle/pass-v0",), episodes=1, size=32, noise=(Noise(0),), attempts=2), tmp_path / "x", 0)
+
+
+def test_images_of_another_size_than_asked_for_are_refused(tmp_path, monkeypatch):
+    """An environment of another package may have a camera of a fixed size, with which the command can be repeated."""
+    env = ObstacleEnv("pass-v0", size=32)
+    monkeypatch.setattr("vlaflow.simulators.record.cached", lambda *_, **__: env)
+    with pytest.raises(
+        ConfigError, match=r"obstacle/pass-v0 renders 'above' with 32x32 pixels, not 64x64\. Record .* --size 32"
+    ):
+        record(RecordConfig(("obstacle/pass-v0",), episodes=1, size=64), tmp_path / "x", 0)
+
+
+def test_an_odd_size_is_refused_before_anything_is_played(tmp_path):
+    """Videos need an even one."""
+    with pytest.raises(ConfigError, match=r"even.* 33.* --size 32 or 34"):
+        record(RecordConfig(("obstacle/pass-v0",), episodes=1, size=33), tmp_path / "x", 0)
 
 
 def test_an_existing_folder_is_not_overwritten(recorded):

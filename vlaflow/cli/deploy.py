@@ -22,7 +22,7 @@ class Deploy:
     Example: vlaflow deploy runs/demo/rated --compute dense --compute refine
 
     The programs are kept in the user's cache folder, not in the checkpoint. They are compared with the eager chunks, and timed,
-    before they are kept; the checkpoint's programs of the same engine are replaced.
+    before they are kept; the checkpoint's programs of the same engine are replaced. What is timed is one observation.
 
     Args:
         checkpoint: folder, or Hugging Face repository id.
@@ -30,7 +30,8 @@ class Deploy:
         compute: compute policies to prepare for, as in vlaflow eval; repeat the option for more. By default auto if the
             checkpoint's sampler was calibrated, else dense.
         precision: f32 (chunks differ from eager ones by less than 1e-5, normalised), or bf16 (by less than 0.05).
-        batch: numbers of observations; others are filled up to the next larger one. Repeat the option for more; 1 by default.
+        batch: numbers of observations; others are filled up to the next larger one, so name 1 too if they also come alone.
+            Repeat the option for more; 1 by default.
         instruction: instructions whose lengths to prepare for; shorter ones are padded. By default a third of the longest
             possible one, and all of it.
         threads: number of torch threads that the programs run with.
@@ -83,4 +84,13 @@ def main(argv: list[str]) -> int:
         f"differs by {made.measured.deviation:.2g} standard deviations at most. Programs: {len(made.programs)}, in "
         f"{store.folder(weights, a.engine)}\n"
     )
+    if batches[0] > 1:
+        sys.stdout.write(
+            f"One observation is filled up to {batches[0]}, which was timed here; add --batch 1 for those that come alone.\n"
+        )
+    if made.measured.milliseconds >= made.measured.eager:
+        sys.stdout.write(
+            f"That is no faster than without programs, so --engine auto stays eager. For several observations together it may "
+            f"be: --engine {a.engine} uses them.\n"
+        )
     return 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
 import signal
+import socket
 import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -159,5 +161,7 @@ def main(argv: list[str]) -> int:
     try:
         asyncio.run(serve())
     except OSError as error:
-        raise ConfigError(f"Cannot listen on {a.host}:{a.port} ({error.strerror}); choose another --port.") from error
+        elsewhere = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        cure = "name an address of this machine with --host" if elsewhere else "choose another --port"
+        raise ConfigError(f"Cannot listen on {a.host}:{a.port} ({error.strerror}); {cure}.") from error
     return 0

@@ -8,13 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from vlaflow.errors import ConfigError, nearest
+
 Dtype = Literal["fp32", "bf16"]
 """What networks compute in at inference; "fp32" keeps the types that a checkpoint's config states."""
+
+
+def is_bf16(dtype: Dtype) -> bool:
+    """Whether it is bfloat16.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"There is no dtype '{dtype}'; {nearest(dtype, get_args(Dtype))}")
+    return dtype == "bf16"
 
 
 def autocast(bf16: bool, device: torch.device) -> AbstractContextManager[object]:

@@ -42,7 +42,7 @@ from vlaflow.decoders.rating import BaseRaterConfig
 from vlaflow.engine.deploy import Engine
 from vlaflow.errors import CapabilityError, SpecError
 from vlaflow.io import read_json
-from vlaflow.nn.precision import Dtype, autocast, round_matrices
+from vlaflow.nn.precision import Dtype, autocast, is_bf16, round_matrices
 from vlaflow.nn.stored import drawing
 from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
@@ -429,7 +429,7 @@ class Policy:
 
         Raises:
             CheckpointError: for missing or damaged files, or weights that do not fit the config.
-            ConfigError: several robots and no choice, or none of this name.
+            ConfigError: several robots and no choice, or none of this name; an unknown dtype or engine.
         """
         home = home_of(folder := local_folder(path))
         opened = Policy.of_all_robots(home, device, dtype).for_robot(folder.name if robot is None and home != folder else robot)
@@ -443,7 +443,7 @@ class Policy:
         config = from_json(PolicyConfig, written, str(folder / "config.json"))
         action_spec, stats, robots = read_robots(folder)
         model = config.opened(folder / "model.safetensors", device)
-        if dtype == "bf16":
+        if is_bf16(dtype):
             round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

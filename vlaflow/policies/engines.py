@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from vlaflow.compute import budget
 from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.engine import deploy, store
 from vlaflow.engine.deploy import Engine
 from vlaflow.engine.gpu import FusedModel
-from vlaflow.errors import CalibrationError, CapabilityError, DeploymentError
+from vlaflow.errors import CalibrationError, CapabilityError, ConfigError, DeploymentError, nearest
 from vlaflow.policies.provenance import fingerprint
 
 if TYPE_CHECKING:
@@ -32,8 +32,11 @@ def with_engine(policy: Policy, engine: Engine) -> Policy:
     Raises:
         CapabilityError: the policy is not on the CPU, or was opened in bfloat16; not for "auto", which stays eager. For
             "graphs": its backbone is not pretrained.
+        ConfigError: for an unknown engine.
         DeploymentError: they were not built, or for something else; not for "auto", which warns and stays eager.
     """
+    if engine not in get_args(Engine):
+        raise ConfigError(f"There is no engine '{engine}'; {nearest(engine, get_args(Engine))}")
     if engine in ("graphs", "graphs-fp8"):
         return replace(policy, model=FusedModel(policy.model, float8=engine == "graphs-fp8"))
     if engine == "eager" or policy.folder is None or (engine == "auto" and policy.dtype != "fp32"):

@@ -21,7 +21,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.vqa import Turns, VqaDataset
 from vlaflow.data.windows import split_episodes
-from vlaflow.errors import ConfigError
+from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.io import read_json
 from vlaflow.policies.checkpoint import ROBOT, home_of
 
@@ -33,7 +33,11 @@ IMAGES = "images"
 
 
 def fingerprint(folder: Path) -> str:
-    """Content hash of a checkpoint's config and weights, with what is kept of its robots, or of the one whose folder it is."""
+    """Content hash of a checkpoint's config and weights, with what is kept of its robots, or of the one whose folder it is.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read.
+    """
     digest, home = hashlib.sha256(), home_of(folder)
     robots = sorted(folder.glob(ROBOT)) or sorted(folder.glob(f"robots/*/{ROBOT}"))
     for file in (
@@ -41,7 +45,14 @@ def fingerprint(folder: Path) -> str:
         *(robots or [home / "action_spec.json", home / "stats.json"]),
         home / "model.safetensors",
     ):
-        digest.update(file.read_bytes())
+        try:
+            digest.update(file.read_bytes())
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file} is missing; {file.parent} is not a complete checkpoint.") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error.strerror}). Make it readable, or copy the checkpoint."
+            ) from error
     return digest.hexdigest()[:16]
 
 

@@ -25,11 +25,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from vlaflow.errors import ConfigError, RequestError
+from vlaflow.errors import ConfigError, RequestError, nearest
 
 logger = logging.getLogger("vlaflow.robot")
 HandOver = Literal["wait", "switch", "ensemble", "commit"]
@@ -61,6 +61,8 @@ class RealtimeConfig:
     rate: float = 0.01
 
     def __post_init__(self) -> None:
+        if self.mode not in get_args(HandOver):
+            raise ConfigError(f"There is no mode '{self.mode}'; {nearest(self.mode, get_args(HandOver))}")
         if min(self.n_action_steps, self.memory) < 1 or min(self.expected, self.fade, self.rate) < 0:
             raise ConfigError("n_action_steps and memory must be at least 1; expected, fade and rate at least 0.")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow import registry
-from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
+from vlaflow.errors import ConfigError, RequestError, SpecError, closest
 from vlaflow.serving import openpi, vla_eval
 from vlaflow.serving.conversation import WireProtocol
 from vlaflow.serving.request_arrays import array_of, image_of
@@ -130,10 +130,10 @@ def read(
         RequestError: a key is missing or has an invalid value.
     """
     images = {
-        view: image_of(_find(request, key), key, observation_keys.channels_first, sides.get(view))
+        view: image_of(_find(request, key, observation_keys), key, observation_keys.channels_first, sides.get(view))
         for view, key in zip(views, observation_keys.images, strict=True)
     }
-    parts = [_vector(_find(request, key), key) for key in observation_keys.state]
+    parts = [_vector(_find(request, key, observation_keys), key) for key in observation_keys.state]
     prompt = _prompt(request, observation_keys)
     if sum(map(len, parts)) > MOST_STATE:
         raise RequestError(f"The state ({', '.join(observation_keys.state)}) may have at most {MOST_STATE} numbers.")
@@ -158,29 +158,33 @@ def _vector(value: Any, key: str) -> np.ndarray:
 def _prompt(request: Mapping[str, Any], observation_keys: ObservationKeys) -> str:
     key = observation_keys.prompt
     try:
-        prompt = _find(request, key)
+        prompt = _find(request, key, observation_keys)
     except RequestError as error:
         if observation_keys.default_prompt is not None:
             return observation_keys.default_prompt
-        hint = str(error) if str(error)[-1] in ".?" else f"{error}."
-        raise RequestError(f"{hint} Send the instruction, or serve with --default-prompt.") from error
+        raise RequestError(f"{error} Send the instruction, or serve with --default-prompt.") from error
     if not isinstance(prompt, str):
         cure = " Send one text, not a list." if isinstance(prompt, list) else ""
         raise RequestError(f"'{key}' must be the instruction in words.{cure}")
     return prompt
 
 
-def _find(request: Mapping[str, Any], key: str) -> Any:
+def _find(request: Mapping[str, Any], key: str, observation_keys: ObservationKeys) -> Any:
     if key in request:
         return request[key]
     found: Any = request
     for part in key.split("/"):
         if not isinstance(found, Mapping) or part not in found:
-            present = [name for name in islice(request, _NAMED_KEYS) if isinstance(name, str) and len(name) < 80]
-            last = key.rpartition("/")[2]
-            present = [last] if last in present else present  # openpi's own data sets have the keys without "observation/"
-            raise RequestError(
-                f"The request lacks '{key}'; {nearest(key, present)}" if present else f"The request lacks '{key}'."
-            )
+            raise RequestError(f"The request lacks '{key}'{_instead(request, key, observation_keys)}")
         found = found[part]
     return found
+
+
+def _instead(request: Mapping[str, Any], key: str, observation_keys: ObservationKeys) -> str:
+    """The key that was probably meant, or those that the request has, as the end of a sentence."""
+    present = [name for name in islice(request, _NAMED_KEYS) if isinstance(name, str) and len(name) < 80]
+    others = set(present).difference(observation_keys.images, observation_keys.state, (observation_keys.prompt,))
+    last = key.rpartition("/")[2]  # openpi's own data sets have the keys without "observation/"
+    if close := last if last in others else closest(key, others):
+        return f"; did you mean '{close}'?"
+    return f"; it has {' and '.join(map(repr, present))}." if present else "."

@@ -83,7 +83,9 @@ def _levels(image: np.ndarray, key: str) -> np.ndarray:
         return image
     if image.dtype.kind not in "uif":
         raise RequestError(f"'{key}' must be an image of uint8 in 0..255 or floats in [0, 1], got {image.dtype}.")
-    low, high = float(image.min()), float(image.max())  # NaN is in both
+    if wrong := image.size - np.count_nonzero(np.isfinite(image)):
+        raise RequestError(f"'{key}' has {wrong} values that are not finite. Send the last good image of the camera.")
+    low, high = float(image.min()), float(image.max())
     most = 1 if image.dtype.kind == "f" else 255
     if low >= 0 and high <= most:
         return image.astype(np.uint8) if most == 255 else np.round(255 * image.astype(np.float32)).astype(np.uint8)

@@ -188,7 +188,13 @@ class PolicyServer:
 
         Args:
             ready: set to the port once requests are accepted.
+
+        Raises:
+            OSError: the address is unknown or in use.
         """
+        listener = Listener(
+            self.config.host, self.config.port
+        )  # an address that cannot be used is known before the first chunk
         worker = asyncio.create_task(self.engine.run())
         quiet = logging.getLogger("vlaflow.serving.websockets")
         quiet.addFilter(_ONE_LINE)
@@ -198,7 +204,7 @@ class PolicyServer:
             log_pauses(asyncio.get_running_loop())
             server = await serve(
                 self._connection,
-                sock=Listener(self.config.host, self.config.port),
+                sock=listener,
                 process_request=self._http,
                 select_subprotocol=lambda _, offered: SUBPROTOCOL if SUBPROTOCOL in offered else None,
                 compression=None,
@@ -228,6 +234,7 @@ class PolicyServer:
             worker.cancel()
             await asyncio.gather(worker, return_exceptions=True)
             self.engine.close()
+            listener.close()
 
     async def _warmed_up(self) -> bool:
         """Compute the first chunks; False if ``stop`` was called meanwhile."""

@@ -73,11 +73,14 @@ class Environment(Protocol):
     Observations are ``{"pixels": (H, W, 3) uint8, "agent_pos": (S,) float32}`` (``pixels`` is a dict by view if there
     are several views; see ``pixels``). ``info`` holds ``success`` and ``is_success`` (bool, at this step), ``steps``
     (int, since reset) and ``first_success_step`` (int, counted from 1; −1 before the first success). The first success
-    terminates the episode; further steps are allowed until the step limit.
+    terminates the episode; further steps are allowed until the step limit. A failure that ends an episode truncates it.
 
     A simulator with stored initial states starts an episode at one of them, which the seed selects, as its evaluation
     protocol asks; the option ``{"start": "random"}`` draws a placement from the seed instead. Recording uses this option.
     Where every placement is drawn anyway, it changes nothing.
+
+    An environment may also have ``postpone()``, without arguments, which returns a function. Called later, it renders what
+    `observe` would return now, with the same bytes (`postponed`).
 
     Attributes:
         view: the main view, which ``render`` returns and videos show.
@@ -134,23 +137,15 @@ class Environment(Protocol):
         ...
 
 
-@runtime_checkable
-class Postponing(Protocol):
-    """An environment that can show later what happens now; optional. See `postponed`."""
-
-    def postpone(self) -> Callable[[], Observation]:
-        """What `postponed` returns; the same bytes as `observe` now."""
-        ...
-
-
 def postponed(env: Environment) -> Callable[[], Observation]:
     """The current observation as a function that renders it, also after further steps or a reset.
 
-    A recorder learns at the end of an episode whether its images are needed. Where the environment cannot postpone, the images
-    are rendered now.
+    A recorder learns at the end of an episode whether its images are needed. An environment without ``postpone`` renders them
+    now.
     """
-    if isinstance(env, Postponing):
-        return env.postpone()
+    postpone: Callable[[], Callable[[], Observation]] | None = getattr(env, "postpone", None)
+    if postpone is not None:
+        return postpone()
     observation = env.observe()
     return lambda: observation
 

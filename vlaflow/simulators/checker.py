@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import VlaflowError
-from vlaflow.simulators.base import postponed
+from vlaflow.simulators.base import RANDOM_START, postponed, simulator_spec, suites
 from vlaflow.spec import Observation
 
 Check = Callable[[Any], None]
@@ -161,6 +161,26 @@ def _action_spec(env: Any) -> None:
 
 
 @_promise
+def _described(env: Any) -> None:
+    """Name, views, state, action, instruction and step limit are those that the environment's suite states."""
+    _require("/" in env.name, f"it is named {env.name!r}, not suite/task")
+    _require(env.view in env.views, f"the main view is {env.view!r}, but the views are {list(env.views)}")
+    suite, _, task = env.name.partition("/")
+    if suite not in suites():
+        return
+    spec = simulator_spec(suite)
+    _require(task == env.task and task in spec.tasks, f"the task is {env.task!r}, the name {env.name!r}")
+    for what, here, stated in (
+        ("views", tuple(env.views), spec.views),
+        ("state names", tuple(env.state_names), spec.state_names),
+        ("action spec", env.action_spec, spec.action),
+        ("instruction", env.task_description, spec.tasks[task]),
+        ("step limit", env._max_episode_steps, spec.max_steps[task]),
+    ):
+        _require(here == stated, f"the suite's {what}: {stated!r:.200}, the environment's: {here!r:.200}")
+
+
+@_promise
 def _rate(env: Any) -> None:
     """metadata["render_fps"] is the action rate of the spec."""
     fps = env.metadata.get("render_fps")
@@ -189,6 +209,17 @@ def _same_seed(env: Any) -> None:
     first = _trace(env, SEED, actions)
     _trace(env, SEED + 1, _actions(env, 6, seed=1))
     _require(_same(first, _trace(env, SEED, actions)), "a second episode with the same seed and actions differed")
+
+
+@_promise
+def _options(env: Any) -> None:
+    """A reset takes the option {"start": "random"}, with which the same seed gives the same bytes, too."""
+    observations = []
+    for _ in range(2):
+        env.restart(SEED, RANDOM_START)
+        observations.append(_numbers(env.observe()))
+    observations.append(_flat(env.reset(seed=SEED, options=RANDOM_START)[0]))
+    _require(all(_same(observations[0], each) for each in observations[1:]), "three resets with the same seed differed")
 
 
 @_promise
@@ -269,6 +300,15 @@ def _observe(env: Any) -> None:
 
 
 @_promise
+def _main_view(env: Any) -> None:
+    """render() returns the main view of what observe() returns."""
+    env.restart(SEED)
+    env.advance(_actions(env, 1)[0])
+    expected = env.observe().images[env.view]
+    _require(np.array_equal(env.render(), expected), f"they differ, or {env.view!r} is another view")
+
+
+@_promise
 def _postponed(env: Any) -> None:
     """A postponed observation shows the moment at which it was asked for, whatever happens before it is rendered."""
     env.reset(seed=SEED)
@@ -305,3 +345,15 @@ def _max_steps(env: Any) -> None:
         if terminated:
             return
         _require(truncated == (step == env._max_episode_steps), f"truncated is {truncated} at step {step}")
+
+
+@_promise
+def _terminates_with_success(env: Any) -> None:
+    """Success terminates the episode, and nothing else does: a failure truncates it."""
+    env.restart(SEED)
+    low, high = env.action_space.low, env.action_space.high
+    for step in range(1, env._max_episode_steps + 1):
+        _, terminated, truncated, info = env.advance(high if step <= env._max_episode_steps // 2 else low)
+        _require(terminated == info["success"], f"terminated is {terminated} and success {info['success']} at step {step}")
+        if terminated or truncated:
+            return

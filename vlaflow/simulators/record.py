@@ -136,6 +136,8 @@ def record(
     jobs = episode_jobs(config)
     spec = simulator_spec(config.envs[0].partition("/")[0])
     side = config.size or spec.size[config.render]
+    if side % 2:
+        raise ConfigError(f"Videos need an even number of pixels, got {side}; choose --size {side - 1} or {side + 1}.")
     seeds: dict[str, list[int]] = {job.env: [] for job in jobs}
     failed = dict.fromkeys(seeds, 0)
     frames = 0
@@ -228,6 +230,12 @@ def _record_episode(job: RecordJob, config: RecordConfig, size: int, folder: Pat
     """
     found = find_episode(job.env, job.episode, config, config.seed, size, observable=True)
     env = found.env
+    for view, (height, width) in env.views.items():
+        if (height, width) != (size, size):
+            raise ConfigError(
+                f"{job.env} renders '{view}' with {width}x{height} pixels, not {size}x{size}. Record square images of its own "
+                f"size, --size {height}, or let its suite's build use the size that it is given."
+            )
     frames = [step.observe() for step in found.steps if step.observe]
     with storing(folder.parent, kept=KEPT):
         videos = {
@@ -319,7 +327,8 @@ def _play(env: Environment, expert: Noisy, after_success: int, observable: bool)
     while True:
         executed, label = expert(env)
         observe = postponed(env) if observable else None
-        _, success, truncated, _ = env.advance(executed)
+        _, terminated, truncated, info = env.advance(executed)
+        success = bool(info["success"])
         steps.append(Step(executed, label, success, observe))
         if left is not None:
             left -= 1
@@ -327,5 +336,5 @@ def _play(env: Environment, expert: Noisy, after_success: int, observable: bool)
             left = after_success
         if left == 0 or (truncated and left is not None):
             return steps
-        if truncated:
+        if truncated or (terminated and left is None):  # one of another package may terminate where it fails
             return None

@@ -28,7 +28,7 @@ import numpy as np
 
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.outputs import AGAIN, require_writable_folder, storing, whole_folder, write_json, write_text
-from vlaflow.simulators.base import cached, expand_env_names, simulator_spec
+from vlaflow.simulators.base import RANDOM_START, cached, expand_env_names, simulator_spec
 from vlaflow.simulators.experts import Noise
 from vlaflow.simulators.record import RecordConfig, RecordJob, find_episode
 from vlaflow.simulators.scenes import KINDS, USUAL, Margins, VqaItem, ask, facts_of
@@ -197,7 +197,7 @@ def _sample_frames(job: RecordJob, config: VqaRecordingConfig, size: int, root: 
     env.restart(0)
     facts_of(env)  # fails before the expert plays
     found = find_episode(job.env, job.episode, config.episode_config(), FIRST_RUN + config.seed, size, wander=config.wander)
-    env.restart(found.seed)
+    env.restart(found.seed, RANDOM_START)
     chosen = set(np.linspace(0, len(found.steps) - 1, min(config.frames, len(found.steps))).round().astype(int).tolist())
     frames = []
     for number, step in enumerate(found.steps):
