@@ -299,7 +299,7 @@ def test_jitter_never_makes_committing_jump_within_what_it_remembers():
     ("config", "metadata", "sentence"),
     [
         ({"n_action_steps": 0}, METADATA, "at least 1"),
-        ({"mode": "comit"}, METADATA, "no mode 'comit'; did you mean 'commit'"),
+        ({"mode": "ensembles"}, METADATA, "no mode 'ensembles'; did you mean 'ensemble'"),
         ({"n_action_steps": CHUNK_SIZE}, METADATA, "n_action_steps must be at most 11"),
         ({"n_action_steps": CHUNK_SIZE + 1, "mode": "wait"}, METADATA, "n_action_steps must be at most 12"),
         ({"mode": "commit"}, {**METADATA, "max_action_prefix": 0}, "cannot continue committed actions"),

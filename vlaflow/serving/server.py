@@ -192,9 +192,8 @@ class PolicyServer:
         Raises:
             OSError: the address is unknown or in use.
         """
-        listener = Listener(
-            self.config.host, self.config.port
-        )  # an address that cannot be used is known before the first chunk
+        # an address that cannot be used is known before the first chunk
+        listener = Listener(self.config.host, self.config.port)
         worker = asyncio.create_task(self.engine.run())
         quiet = logging.getLogger("vlaflow.serving.websockets")
         quiet.addFilter(_ONE_LINE)
