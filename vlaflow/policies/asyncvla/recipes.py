@@ -94,7 +94,8 @@ def libero_small(data: DataSpec) -> TrainConfig:
     vlaflow train asyncvla.libero_small --dataset runs/libero/object --out runs/libero/asyncvla
 
     One core (AMD EPYC, bf16), 55 minutes, 2.4 M parameters; LIBERO-Object from 50 demonstrations per task: 100 of 100 episodes
-    (seeds 1000 to 1009, three steps without noise; docs/libero.md). Its rater is ``asyncvla.rater``.
+    (seeds 1000 to 1009, three steps without noise), of LIBERO-Spatial 90, of LIBERO-Goal 74 (docs/libero.md). Its rater is
+    ``asyncvla.rater``.
     """
     return small_training(small(tiny(data), data))
 
