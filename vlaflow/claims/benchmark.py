@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from vlaflow.claims.base import Claim, Training
+from vlaflow.claims.catalogue import STEPS
 from vlaflow.errors import ConfigError
 
 
@@ -103,7 +104,7 @@ LIBERO_RECIPES = {
 
 
 def _libero(suite: str) -> Benchmark:
-    """A suite of LIBERO: the recipes' 4000 steps for the catalogue's 1200."""
+    """A suite of LIBERO; its recipes' 4000 steps take the place of the catalogue's."""
     return Benchmark(
         f"libero/{suite}",
         tuple(f"libero/{suite}/{number}" for number in range(10)),
@@ -111,7 +112,7 @@ def _libero(suite: str) -> Benchmark:
         ("libero", "mujoco"),
         "demo,libero",
         LIBERO_RECIPES,
-        4000 / 1200,
+        4000 / STEPS,
         episodes=10,
         recording=("--noise", "0.1", "--noise-memory", "0", "--noise", "0.2", "--noise-memory", "0.8"),
         asks=False,
