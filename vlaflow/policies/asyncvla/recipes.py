@@ -93,9 +93,9 @@ def libero_small(data: DataSpec) -> TrainConfig:
 
     vlaflow train asyncvla.libero_small --dataset runs/libero/object --out runs/libero/asyncvla
 
-    One core (AMD EPYC, bf16), 55 minutes, 2.4 M parameters; LIBERO-Object from 50 demonstrations per task: 100 of 100 episodes
-    (seeds 1000 to 1009, three steps without noise), of LIBERO-Spatial 90, of LIBERO-Goal 74 (docs/libero.md). Its rater is
-    ``asyncvla.rater``.
+    2.4 M parameters; 55 minutes of one core (AMD EPYC, bf16), two hours in float32. From 50 demonstrations per task: 100 of 100
+    episodes of LIBERO-Object, 90 of LIBERO-Spatial, 74 of LIBERO-Goal (seeds 1000 to 1009, calibrated sampler; docs/libero.md).
+    Its rater is ``asyncvla.rater``.
     """
     return small_training(small(tiny(data), data))
 
