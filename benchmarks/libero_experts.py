@@ -33,7 +33,7 @@ class Options:
         tasks: numbers of the tasks; all by default.
         episodes: episodes per task.
         attempts: seeds tried per episode.
-        noise: standard deviation of the executed noise.
+        noise, memory, misjudge: the recorder's disturbance of executed actions; see ``Noise``.
         json: file for the results.
     """
 
@@ -42,6 +42,8 @@ class Options:
     episodes: int = 20
     attempts: int = 3
     noise: float = 0.1
+    memory: float = 0.0
+    misjudge: float = 0.0
     json: Path | None = None
 
 
@@ -76,6 +78,7 @@ def play(name: str, options: Options) -> Row:
     """Play the episodes of one task."""
     env = make(f"libero/{name}")
     is_gripper = np.array([dimension.frame == "gripper" for dimension in env.action_spec.dimensions])
+    noise = Noise(options.noise, memory=options.memory, misjudge=options.misjudge)
     lengths: list[int] = []
     failed: list[int] = []
     retried = played = 0
@@ -83,7 +86,7 @@ def play(name: str, options: Options) -> Row:
     for episode in range(options.episodes):
         for attempt in range(options.attempts):
             seed = episode_seed(0, episode, attempt)
-            expert = Noisy(expert_for(env.name), Noise(options.noise), episode_generator(env.name, seed), is_gripper)
+            expert = Noisy(expert_for(env.name), noise, episode_generator(env.name, seed), is_gripper)
             env.restart(seed, RANDOM_START)
             success = truncated = False
             while not (success or truncated):

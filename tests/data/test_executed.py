@@ -117,7 +117,15 @@ def test_noise_of_the_default_size_is_no_intervention_and_three_times_as_much_ha
     assert share[1] < 0.002
 
 
-@pytest.mark.parametrize("wrong", [{"threshold": 0}, {"steps": 0}])
+def test_in_a_dimension_that_hardly_moves_noise_is_none_either():
+    """The threshold is the larger of a share of the range and the least difference."""
+    rule = InterventionRule(0.5, 5, least=0.4)
+    assert marked(row(0.3, *range(12)), rule, half_span=(1.0, 0.01, 0.0)) == []
+    assert marked(row(0.45, *range(12)), rule, half_span=(1.0, 0.01, 0.0)) == list(range(12))
+    assert marked(row(0.45, *range(12)), rule, half_span=(1.0, 2.0, 0.0)) == []
+
+
+@pytest.mark.parametrize("wrong", [{"threshold": 0}, {"steps": 0}, {"least": -0.1}, {"least": float("nan")}])
 def test_impossible_rules_are_refused(wrong):
     with pytest.raises(ConfigError, match="An intervention needs"):
         InterventionRule(**wrong)

@@ -98,6 +98,26 @@ def test_a_dropped_object_is_picked_up_again():
     assert success
 
 
+def test_fingers_that_closed_on_nothing_open_on_the_way_up():
+    """Who misjudges carries nothing away; the label meanwhile opens the fingers, rises, and then grips the object."""
+    env = make("libero/object/1")
+    env.restart(10_000, RANDOM_START)
+    expert, labels, success, truncated = expert_for(env.name), [], False, False
+    while len(labels) < 8:
+        label = expert(env)
+        _, success, truncated, _ = env.advance(expert(env, np.array([0.08, 0.0, 0.0])))
+        assert not success
+        assert not truncated
+        fingers = env.observe().state[6:]
+        if labels or fingers[0] - fingers[1] < 0.002:
+            labels.append(label)
+    assert all(label[2] > 0.3 and label[6] == -1 for label in labels[1:])
+    assert env.raw.sim.data.get_body_xpos("cream_cheese_1_main")[2] < 0.05
+    while not (success or truncated):
+        _, success, truncated, _ = env.advance(expert(env))
+    assert success
+
+
 def test_a_task_without_a_skill_is_refused_in_one_sentence():
     env = make("libero/long/9")
     env.restart(10_000, RANDOM_START)

@@ -31,7 +31,7 @@ class Record:
             clean. Give it several times for episodes that take turns.
         noise_memory: correlation of the noise from one step to the next, 0 to below 1; one, or one for each --noise.
         misjudge: standard deviation in metres per axis of a temporary error in the hand position that the expert assumes, in
-            half of the episodes; the label stays clean.
+            half of the episodes; the label stays clean. One, or one for each --noise.
         after_success: number of frames kept after the first success.
     """
 
@@ -44,7 +44,7 @@ class Record:
     seed: Seed = 0
     noise: tuple[NotNegative, ...] = ()
     noise_memory: tuple[NotNegative, ...] = ()
-    misjudge: NotNegative = 0.0
+    misjudge: tuple[NotNegative, ...] = ()
     after_success: Number = 4
 
 

@@ -122,15 +122,20 @@ class InterventionRule:
     Args:
         threshold: largest mean difference between the executed and the recorded action that is not an intervention, as a
             share of half the dimension's range between its 1 % and 99 % quantiles.
+        least: the threshold is at least this, in the action's units. Where a dimension hardly ever moves, a share of its range
+            is less than ordinary noise.
         steps: number of steps over which the difference is averaged, so that noise does not count as an intervention.
     """
 
     threshold: float = 0.5
     steps: int = 5
+    least: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0 or self.steps < 1:
-            raise ConfigError(f"An intervention needs a threshold above 0 and at least one step, got {self}.")
+        if not self.threshold > 0 or self.steps < 1 or not self.least >= 0:
+            raise ConfigError(
+                f"An intervention needs a threshold above 0, at least one step, and a least difference from 0, got {self}."
+            )
 
 
 INTERVENTIONS = InterventionRule()
@@ -155,4 +160,5 @@ def interventions(
     first_N = np.maximum(place_N - rule.steps // 2, 0)
     end_N = np.minimum(place_N + (rule.steps + 1) // 2, len(action_ND))
     mean_ND = (before[end_N] - before[first_N]) / (end_N - first_N)[:, None]
-    return (np.abs(mean_ND[:, half_span_D > 0]) > rule.threshold * half_span_D[half_span_D > 0]).any(axis=1)
+    limit_D = np.where(half_span_D > 0, np.maximum(rule.threshold * half_span_D, rule.least), np.inf)
+    return (np.abs(mean_ND) > limit_D).any(axis=1)

@@ -70,8 +70,12 @@ class Wandering:
         return np.clip(action.astype(np.float32), env.action_spec.low, env.action_spec.high)
 
 
-SOUND, WRONG = (16, 49), (8, 33)
+SOUND, WRONG = (16, 49), (16, 57)
 """Ranges [low, high) of the number of steps for which a misjudging expert is right, then wrong."""
+
+FIRST = (-32, 33)
+"""The same, of being right at the beginning; below 0 is not at all. So half of the misjudging episodes begin wrong: the first
+grasp of many tasks comes after 20 steps."""
 
 MISJUDGED = 0.5
 """Share of the episodes in which the expert misjudges."""
@@ -87,8 +91,9 @@ class Noise:
         memory: correlation ρ of consecutive steps, in [0, 1). The noise is n_t = ρ n_{t−1} + sqrt(1 − ρ²) ε_t, whose
             standard deviation is the same at every step; a larger ρ pushes the hand further off the path.
         misjudge: standard deviation, in metres per axis, of the error in the hand position that the expert assumes, in half of
-            the episodes. The expert is right for ``SOUND`` steps, then wrong by a constant error for ``WRONG`` steps, and so
-            on, with new draws each time. The other episodes are undisturbed, without which a policy stays imprecise.
+            the episodes. The expert is right for ``SOUND`` steps (at the beginning for ``FIRST``), then wrong by a constant
+            error for ``WRONG`` steps, and so on, with new draws each time. The other episodes are undisturbed, without which a
+            policy stays imprecise.
     """
 
     scale: NotNegative = 0.1
@@ -100,24 +105,28 @@ class Noise:
         require_ranges(self, "noise.{}")
 
 
-def noises(scales: Sequence[float], memories: Sequence[float], misjudge: float = 0.0) -> tuple[Noise, ...]:
+def noises(scales: Sequence[float], memories: Sequence[float], misjudge: Sequence[float] = ()) -> tuple[Noise, ...]:
     """One noise for each scale.
 
     Args:
         scales: standard deviations; empty for the default one.
         memories: one for each scale, or one for all; empty for none.
-        misjudge: of all.
+        misjudge: likewise.
 
     Raises:
-        ConfigError: for another number of memories, or a value out of its range.
+        ConfigError: for another number of memories or misjudgements, or a value out of its range.
     """
-    scales, memories = scales or (Noise.scale,), memories or (Noise.memory,)
-    if len(memories) not in (1, len(scales)):
-        raise ConfigError(
-            f"{len(scales)} value(s) of --noise and {len(memories)} of --noise-memory: give one memory, or one for each noise."
-        )
-    each = [*memories] * (len(scales) if len(memories) == 1 else 1)
-    return tuple(Noise(scale, memory=memory, misjudge=misjudge) for scale, memory in zip(scales, each, strict=True))
+    scales = scales or (Noise.scale,)
+    each: list[list[float]] = []
+    for flag, values, default in (
+        ("--noise-memory", memories, Noise.memory),
+        ("--misjudge", misjudge, Noise.misjudge),
+    ):
+        given = list(values) or [default]
+        if len(given) not in (1, len(scales)):
+            raise ConfigError(f"{len(scales)} value(s) of --noise and {len(given)} of {flag}: give one, or one for each noise.")
+        each.append(given * (len(scales) if len(given) == 1 else 1))
+    return tuple(Noise(scale, memory=m, misjudge=error) for scale, m, error in zip(scales, *each, strict=True))
 
 
 class Noisy:
@@ -140,7 +149,7 @@ class Noisy:
         self._deviation = np.where(is_gripper, noise.gripper, noise.scale)
         self._state: np.ndarray | None = None
         self.error: np.ndarray | None = None
-        self._left = int(generator.integers(*SOUND)) if noise.misjudge and generator.random() < MISJUDGED else -1
+        self._left = max(0, int(generator.integers(*FIRST))) if noise.misjudge and generator.random() < MISJUDGED else -1
 
     def __call__(self, env: Environment) -> tuple[np.ndarray, np.ndarray]:
         """(action to execute, action to label), both (D,) float32 within the action's range."""

@@ -220,7 +220,7 @@ class TurnKnob:
         """Offset of the hand from the axis and its yaw, with the knob at 0."""
         knob = scene.points(self._fixture, body=part.body)
         around = Surroundings(scene.others(self._fixture), scene.floor, scene.stretch)
-        grasps = find_grasps(knob, around, scene.hand)
+        grasps = find_grasps(knob, around)
         return turned_about_z(grasps[0].position - part.anchor, -part.value), grasps[0].yaw - part.value
 
 
@@ -235,8 +235,15 @@ class Push:
     """
 
     LEAN = np.deg2rad(40)
-    SLANTS = tuple(np.deg2rad([0, 10, -10, 20, -20, 30, -30]))
-    """Angles between the way and the hand's side, the best first; a dish stays between the fingers up to about 35°."""
+    SLANTS = tuple(np.deg2rad([-20, -10, 0, 10, -30, 20, 30]))
+    """Angles between the way and the hand's side; a dish stays between the fingers up to about 35°. The first that leaves room
+    is taken, not the one with most: choices that differ between episodes are hard to learn."""
+
+    ROOM = 0.008
+    """Metres that both fingers should be away from everything when they come down."""
+
+    BEHIND = 0.018
+    """Metres between the place where the fingers come down and the one where they touch the object."""
 
     def __init__(self, goal: list[str]) -> None:
         self._goal = goal
@@ -261,27 +268,29 @@ class Push:
         back = np.sqrt(max(0.0, radius**2 - 0.045**2)) + 0.012
         height = scene.floor + TIP
         if self._slant is None:
-            self._slant = self._plan(scene, position, ahead, back + 0.018)
+            self._slant = self._plan(scene, position, ahead, back + self.BEHIND)
         side = turned_about_z(ahead, self._slant)
         leaning = lean(-side, self.LEAN, scene.rotation)
         opening, offset = leaning[:, 0], position - hand
         aside = float(offset @ opening)
         turn = float(np.linalg.norm(rotation_vector(leaning @ scene.rotation.T)))
-        if abs(aside) < 0.03 and 0.3 * back < offset @ side < back + 0.04 and hand[2] < height + 0.03 and turn < 0.5:
+        distance = float(offset @ side)
+        down = hand[2] < height + (0.012 if distance > back else 0.02)  # first down, or the fingers land on the rim of a dish
+        if abs(aside) < 0.03 and 0.7 * back < distance < back + 0.04 and down and turn < 0.5:
             return Aim(np.append((hand + 0.04 * ahead + aside * opening)[:2], height - 0.01), leaning, OPEN)
-        goal = np.append((position - (back + 0.018) * side)[:2], height)
+        goal = np.append((position - (back + self.BEHIND) * side)[:2], height)
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
         return Aim(glide(hand, goal, top + scene.below + 0.02, turn), leaning, OPEN)
 
     def _plan(self, scene: LiberoScene, position: np.ndarray, ahead: np.ndarray, back: float) -> float:
-        """The first slant with which both fingers come down 2 cm away from everything, or that with the most room."""
+        """The first slant with which both fingers have room to come down, or that with the most room."""
         others = scene.others(self._object)[:, :2]
         room = []
         for slant in self.SLANTS:
             side = turned_about_z(ahead, slant)
             opening = np.array([-side[1], side[0]])
             fingers = (position - back * side)[:2] + np.array([[0.052], [-0.052]]) * opening
-            room.append(min(0.02, float(np.linalg.norm(others[:, None] - fingers, axis=2).min(initial=1.0))))
+            room.append(min(self.ROOM, float(np.linalg.norm(others[:, None] - fingers, axis=2).min(initial=1.0))))
         return float(self.SLANTS[int(np.argmax(room))])
 
 

@@ -66,17 +66,21 @@ class Grasp:
     cost: float
 
 
-def find_grasps(target: np.ndarray, around: Surroundings, hand: np.ndarray) -> list[Grasp]:
+SIDE = np.array([0.1, 1.0])
+"""The side of a wide object (world frame) whose rim is gripped if others are as good. Where the hand happens to be must not
+decide, because a policy that has seen both sides goes between them."""
+
+
+def find_grasps(target: np.ndarray, around: Surroundings) -> list[Grasp]:
     """Grasps of an object from above, the best one of every yaw, best first.
 
     A grasp leaves room for both open fingers and the palm, and has something at most 72 mm wide between the fingers. Among
-    those, small rotations, places near the middle of the object, faces parallel to the fingers, deep grips, thin walls,
-    an unstrained arm and short ways are preferred.
+    those, small rotations, places near the middle of the object, the rim towards `SIDE`, faces parallel to the fingers, deep
+    grips, thin walls and an unstrained arm are preferred.
 
     Args:
         target: (N, 3) points of the object.
         around: everything else.
-        hand: (3,) current position of the grip site.
     """
     center = (target[:, :2].min(0) + target[:, :2].max(0)) / 2
     near = around.points[(np.abs(around.points[:, :2] - center) < REACH * 1.5).all(1)]
@@ -103,7 +107,7 @@ def find_grasps(target: np.ndarray, around: Surroundings, hand: np.ndarray) -> l
             + np.maximum(0, 0.018 - (top[cells[:, 0], cells[:, 1]] - z)) / 0.012
             + np.maximum(0, width - 0.06) / 0.012
             + np.abs(offset) / 0.006
-            + 1.5 * np.linalg.norm(xy - hand[:2], axis=1)
+            - 2.0 * (u + offset) * (axes[:, 0] @ SIDE) / 0.05
             + around.strain(np.column_stack([gripped, z]))
         )
         cost[np.isnan(cost) | (width > WIDEST) | (np.abs(offset) > 0.026) | (slope >= 6)] = np.inf

@@ -17,6 +17,12 @@ CLEARANCE = 0.02
 CHOICE = 6
 """Number of grasps of which the place is planned before one is chosen, where an object goes into something."""
 
+TRIES = 2
+"""How often a grasp is tried before the next best one: noise makes good grasps fail, too."""
+
+PAD = 0.016
+"""How far to the side of the fingers, in metres, an object may be while they close on it; from further away they miss it."""
+
 THINNEST = 0.003
 """Opening of the fingers, in metres, above which there is something between them."""
 
@@ -51,6 +57,7 @@ class PickPlace:
         self._hold: Hold | None = None
         self._place: Placement | None = None
         self._failures = 0
+        self._empty = False
 
     def done(self, scene: LiberoScene) -> bool:
         """Whether the object is where it belongs and the hand has let go."""
@@ -70,7 +77,13 @@ class PickPlace:
         return self._pick(scene)
 
     def _gripped(self, scene: LiberoScene) -> bool:
-        """Whether the object is between the closed fingers; one of them may lose touch for a moment."""
+        """Whether the object is between the closed fingers; one of them may lose touch for a moment.
+
+        Who misjudges the position of the hand takes closed fingers for a grasp, as a policy does that has only seen grasps that
+        succeed. So recordings show fingers that hold nothing on their way, and the label that opens them.
+        """
+        if scene.misjudged and scene.closing > 0.95:
+            return True
         touching = scene.touching(self._object)
         return scene.closing > 0.95 and (all(touching) or (any(touching) and scene.opening > THINNEST and scene.still))
 
@@ -111,8 +124,14 @@ class PickPlace:
         return Aim(scene.hand + np.array([0.0, 0.0, rise]), scene.rotation, OPEN)
 
     def _pick(self, scene: LiberoScene) -> Aim:
-        """Go to the grasp from above and close the fingers; try another grasp if they close on nothing."""
+        """Go to the grasp from above and close the fingers; if they close on nothing, open them on the way up and try again."""
         position, rotation = scene.pose(self._object)
+        if scene.closing > 0.99 and scene.still and scene.opening < THINNEST:
+            self._empty = True
+        if self._empty and scene.closing > 0.05:
+            return Aim(scene.hand + np.array([0.0, 0.0, 0.03]), scene.rotation, OPEN)
+        if self._empty:
+            self._failures, self._empty, self._hold = self._failures + 1, False, None
         if self._hold is None or self._hold.upright @ rotation[2] < 0.95:
             self._hold = self._plan_grasp(scene, position, rotation)
             self._place = None
@@ -124,7 +143,8 @@ class PickPlace:
             return Aim(hand + 0.03 * scene.inward, yaw_rotation(yaw) if room else scene.rotation, OPEN)
         slack = 1.0 if scene.closing < 0.05 else 3.0
         offset = goal - hand
-        if np.linalg.norm(offset[:2]) < 0.008 * slack and abs(offset[2]) < 0.008 * slack and turn < 0.12 * slack:
+        there = np.linalg.norm(offset[:2]) < 0.008 * slack and abs(offset[2]) < 0.008 * slack and turn < 0.12 * slack
+        if there and abs(offset @ scene.rotation[:, 1]) < PAD:
             if scene.closing > 0.99 and scene.still:
                 self._failures += 1
                 self._hold = None
@@ -135,21 +155,21 @@ class PickPlace:
         return Aim(glide(hand, goal, top + scene.below + CLEARANCE, turn), yaw_rotation(yaw), OPEN)
 
     def _plan_grasp(self, scene: LiberoScene, position: np.ndarray, rotation: np.ndarray) -> Hold:
-        """The best grasp, or after failures the next best, that strains the arm neither here nor at the target."""
+        """The best grasp, or after `TRIES` failures the next best, that strains the arm neither here nor at the target."""
         away = np.append(scene.spots(self._target, *self._slot)[0] - position[:2], 0.0)
 
         def strain(grips: np.ndarray) -> np.ndarray:
             return scene.stretch(grips) + scene.stretch(grips + away)
 
         cloud, others = scene.points(self._object), scene.others(self._object)
-        grasps = find_grasps(cloud, Surroundings(others, scene.floor, strain), scene.hand)
+        grasps = find_grasps(cloud, Surroundings(others, scene.floor, strain))
         if not grasps:  # nothing fits: touch something
-            grasps = find_grasps(cloud, Surroundings(others[:0], scene.floor, strain), scene.hand)
+            grasps = find_grasps(cloud, Surroundings(others[:0], scene.floor, strain))
         if not grasps:
             grasps = [Grasp(position, 0.0, 0.0, 0.0)]
         if self._relation == "in":
             grasps = self._by_place(scene, position, grasps[:CHOICE])
-        best = grasps[self._failures % len(grasps)]
+        best = grasps[self._failures // TRIES % len(grasps)]
         return Hold(rotation.T @ (best.position - position), rotation.T @ yaw_rotation(best.yaw), rotation[2].copy())
 
     def _by_place(self, scene: LiberoScene, position: np.ndarray, grasps: list[Grasp]) -> list[Grasp]:

@@ -82,6 +82,11 @@ class LiberoScene:
         return self._data.site_xpos[self._grip] + self.error
 
     @property
+    def misjudged(self) -> bool:
+        """Whether an error is assumed."""
+        return bool(self.error.any())
+
+    @property
     def rotation(self) -> np.ndarray:
         """Rotation of the grip site, (3, 3): its columns are the opening, the side and the approach."""
         return self._data.site_xmat[self._grip].reshape(3, 3).copy()
