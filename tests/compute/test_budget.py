@@ -15,7 +15,7 @@ from vlaflow.compute.refine import Refine
 from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
-from vlaflow.versions import machine
+from vlaflow.versions import processor
 
 PLAN = ExitPlan((1, 2, 3))
 MADE = Calibration(
@@ -34,7 +34,7 @@ BETTER = replace(MADE, effect=replace(MADE.effect, error=0.4))
 WORK = ChunkWork(Work(0, 0.5), (Work(1, 0.5), Work(2, 1), Work(3, 1.5)), (Work(2, 0.25), Work(3, 0.5), Work(4, 0.75)))
 TIMES = Profile(
     "aa",
-    machine(),
+    processor(),
     1,
     base=1.0,
     prefix=(1.0, 2.0, 3.0),

@@ -25,7 +25,7 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.deployment import build, default_lengths
 from vlaflow.policies.engines import for_budgets, timed, with_engine
 from vlaflow.policies.provenance import fingerprint
-from vlaflow.versions import machine
+from vlaflow.versions import processor
 
 SEEN = helpers.observation()
 PLAN = DeploymentPlan("aoti", "f32", (Dense(2),), (1,), (16,))
@@ -108,7 +108,7 @@ def test_programs_of_something_else_are_refused(deployed, monkeypatch, capsys, n
     patched = {
         "torch": (torch, "__version__", "99.0.0"),
         "instructions": (torch.backends.cpu, "get_cpu_capability", lambda: "none"),
-        "machine": (store, "machine", lambda: "an abacus"),
+        "machine": (store, "processor", lambda: "an abacus"),
         "sources": (store, "_sources", lambda: "older"),
     }
     monkeypatch.setattr(*patched[name])
@@ -228,7 +228,7 @@ def test_a_budget_picks_among_engines(deployed, checkpoint):
     weights = fingerprint(checkpoint)
     home = Checkpoint(checkpoint, weights)
     work, cost = ChunkWork(Work(), (Work(1),) * 2, (Work(1),) * 2), CostModel(1, 1, 1)
-    eager = Profile(weights, machine(), 1, 1.0, (1.0, 2.0), (0.0, 2.0), 1.0, 20, {}, work, cost)
+    eager = Profile(weights, processor(), 1, 1.0, (1.0, 2.0), (0.0, 2.0), 1.0, 20, {}, work, cost)
     programs = replace(eager, base=0.1, prefix=(0.1, 0.2), step=(0.0, 0.25), engine="aoti f32")
     save(Ladder(weights, "dd", 9, (Rung(2, 1, 0.4, 0.6), Rung(2, 10, 0.0, 0.5))), checkpoint / FOLDER / LADDER)
     save(eager, checkpoint / profile_file("eager"))

@@ -1,5 +1,7 @@
 """The geometry of LIBERO's experts, without the simulator: shapes whose best grasp or place is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -17,7 +19,7 @@ from vlaflow.simulators.libero_geometry import (
     yaw_rotation,
 )
 from vlaflow.simulators.libero_grasps import Carried, Surroundings, find_grasps, find_place
-from vlaflow.simulators.libero_picking import clear_of_overhang
+from vlaflow.simulators.libero_picking import Hold, PickPlace, clear_of_overhang
 from vlaflow.simulators.libero_skills import CLOSED, Aim, action, glide
 
 NOWHERE = np.zeros((0, 3))
@@ -114,6 +116,17 @@ def test_a_neighbour_decides_which_side_of_the_rim():
     for side in (1, -1):
         best = find_grasps(bowl(), free(box(0.1, 0.04, 0.2, (0, side * 0.09))))[0]
         assert side * best.position[1] < 0.02
+
+
+def test_closed_fingers_are_taken_for_a_grasp_only_where_one_was_planned():
+    """By who misjudges: closed around the handle of a drawer, they are not yet."""
+    skill = PickPlace(["in", "bowl", "drawer"])
+    closed = {"closing": 1.0, "opening": 0.0, "still": True, "touching": lambda name: (False, False), "holds": lambda goal: False}
+    wrong, right = SimpleNamespace(misjudged=True, **closed), SimpleNamespace(misjudged=False, **closed)
+    assert not skill.busy(wrong)
+    skill._hold = Hold(np.zeros(3), np.eye(3), np.array([0.0, 0.0, 1.0]))
+    assert skill.busy(wrong)
+    assert not skill.busy(right)
 
 
 def test_nothing_fits_around_what_is_too_wide():

@@ -31,7 +31,7 @@ from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
 from vlaflow.ranges import Count, NotNegative, Positive
 from vlaflow.strict import read_json
-from vlaflow.versions import device_name, machine
+from vlaflow.versions import device_name, processor
 
 T = TypeVar("T")
 PROFILE, LADDER = "latency.json", "ladder.json"
@@ -44,7 +44,7 @@ class Profile:
 
     Args:
         checkpoint: fingerprint.
-        machine: in words; another machine must measure again.
+        machine: its processor in words; another one must measure again, another number of cores need not.
         threads: of torch.
         base: everything outside layers and solver: image resizing, embedding, units.
         prefix: whole prefix up to each depth 1 … J.
@@ -292,7 +292,7 @@ def _profile(checkpoint: Checkpoint, knobs: Knobs) -> Profile:
     file = profile_file(knobs.engine)
     profile = _read(checkpoint.folder / file, Profile, TIME)
     _require_weights(checkpoint, file, profile.checkpoint)
-    for what, was, now in (("on", profile.machine, machine()), ("with engine", profile.engine, knobs.engine)):
+    for what, was, now in (("on", profile.machine, processor()), ("with engine", profile.engine, knobs.engine)):
         if was != now:
             raise CalibrationError(f"{file} in {checkpoint.folder} was measured {what} {was}; this is {now}. {TIME}")
     measured = (profile.device, profile.threads, profile.dtype)

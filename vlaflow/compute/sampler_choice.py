@@ -19,7 +19,7 @@ from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
 from vlaflow.ranges import NotNegative, Number, Share
 from vlaflow.strict import read_json
-from vlaflow.versions import device_name, machine
+from vlaflow.versions import device_name, processor
 
 FILE = "sampler.json"
 FAILURES = "failures"
@@ -137,7 +137,7 @@ class SamplerCalibration:
 
     def here(self, device: str, threads: int, dtype: Dtype) -> bool:
         """Whether its milliseconds hold for this machine, device, number of threads and dtype."""
-        now = (machine(), device_name(device), threads, dtype)
+        now = (processor(), device_name(device), threads, dtype)
         return (self.machine, self.device, self.threads, self.dtype) == now
 
     @property

@@ -27,7 +27,7 @@ from vlaflow.errors import CheckpointError, DeploymentError
 from vlaflow.io import read_json
 from vlaflow.outputs import PartialOutput, require_writable_folder, storing, write_json
 from vlaflow.packages import require
-from vlaflow.versions import machine
+from vlaflow.versions import processor
 
 Compiler = Literal["aoti", "openvino"]
 COMPILERS: tuple[Compiler, ...] = ("aoti", "openvino")
@@ -44,7 +44,7 @@ class Identity:
         weights: fingerprint of the checkpoint.
         torch: version.
         compiler: version.
-        machine: processor, cores and system.
+        machine: processor and system; any number of cores, because the number of threads is compiled in.
         instructions: the widest vectors that torch uses, which ``ATEN_CPU_CAPABILITY`` limits.
         sources: hash of the code that was compiled.
     """
@@ -63,7 +63,7 @@ class Identity:
             weights,
             torch.__version__,
             _version(compiler),
-            f"{machine()}, {platform.machine()}",
+            f"{processor()}, {platform.machine()}",
             torch.backends.cpu.get_cpu_capability(),
             _sources(),
         )

@@ -36,7 +36,7 @@ from vlaflow.policies.provenance import fingerprint, mixed_robots, reading_of
 from vlaflow.policies.robots import robot_folder
 from vlaflow.simulators.base import expand_env_names, rendering_versions
 from vlaflow.spec import Observation
-from vlaflow.versions import command_line, device_name, machine, versions
+from vlaflow.versions import command_line, device_name, processor, versions
 
 MOST_TWO_GROUPS = 0.1
 """If the draws fall into two groups on a larger share of the frames, means are chosen only with a simulator."""
@@ -168,7 +168,7 @@ def run(
             "budget_ms": request.budget_ms,
             "frames": request.frames,
             "rollout": to_json(rollout),
-            "machine": machine(),
+            "machine": processor(),
             "versions": versions() | rendering_versions(envs, rollout.render),
         }
         folder = checkpoint / FOLDER / "sampler-episodes"
@@ -192,7 +192,7 @@ def run(
         first_seed=FIRST_SEED,
         seeds=seeds,
         two_groups=on_frames.two_groups,
-        machine=machine(),
+        machine=processor(),
         device=device_name(device),
         threads=1,
         command=command_line(),

@@ -20,7 +20,7 @@ from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
 from vlaflow.spec import Chunk, Observation
-from vlaflow.versions import device_name, machine, versions
+from vlaflow.versions import device_name, processor, versions
 
 FITTED = ((1, 1), (10, 1), (4, 2), (10, 4), (1, 8), (4, 8))
 """Solver steps and observations of the chunks that a cost is fitted to, at full depth and at the first exit."""
@@ -58,7 +58,7 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
 
     return Profile(
         checkpoint=checkpoint,
-        machine=machine(),
+        machine=processor(),
         threads=threads,
         base=max(middle["chunk"] - full, middle["embed"]),
         prefix=tuple(middle[f"prefix {depth}"] for depth in depths),

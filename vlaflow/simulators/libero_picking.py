@@ -82,7 +82,7 @@ class PickPlace:
         Who misjudges the position of the hand takes closed fingers for a grasp, as a policy does that has only seen grasps that
         succeed. So recordings show fingers that hold nothing on their way, and the label that opens them.
         """
-        if scene.misjudged and scene.closing > 0.95:
+        if scene.misjudged and self._hold is not None and scene.closing > 0.95:
             return True
         touching = scene.touching(self._object)
         return scene.closing > 0.95 and (all(touching) or (any(touching) and scene.opening > THINNEST and scene.still))
