@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.data.toyset import FPS, LENGTHS, cut_in_half, edit_info, edit_table, episode
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.video import encode_video
 from vlaflow.errors import DataError, SpecError
 
@@ -89,6 +90,19 @@ def test_data_parquet_without_a_column(copy):
 def test_missing_file(copy, path):
     (copy / path).unlink()
     refused(f"Episode 0 of .*copy needs {path}, which is missing", Dataset.open, copy)
+
+
+def test_a_camera_that_is_not_used_needs_no_files(copy):
+    """As when only some cameras were downloaded; the error says which can be used."""
+    whole = Dataset.open(copy, reading=Reading.of(views=("image",)))
+    before = (whole.fingerprint, whole.frames(0, "image"))
+    (copy / VIDEO).unlink()
+    refused(r"needs .*corner.*, which is missing\. .*files are all here: --view image$", Dataset.open, copy)
+    refused(f"needs {VIDEO}, which is missing", lambda: Dataset.open(copy, reading=Reading.of(views=("corner",))))
+    partial = Dataset.open(copy, reading=Reading.of(views=("image",)))
+    assert list(partial.views) == ["image"]
+    assert np.array_equal(partial.frames(0, "image"), before[1])
+    assert partial.fingerprint == Dataset.open(copy, reading=Reading.of(views=("image",))).fingerprint != before[0]
 
 
 def test_missing_episode_file_of_the_older_layout(pristine_v21, tmp_path):

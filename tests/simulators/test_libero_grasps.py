@@ -121,7 +121,7 @@ def test_a_neighbour_decides_which_side_of_the_rim():
 def test_closed_fingers_are_taken_for_a_grasp_only_where_one_was_planned():
     """By who misjudges: closed around the handle of a drawer, they are not yet."""
     skill = PickPlace(["in", "bowl", "drawer"])
-    closed = {"closing": 1.0, "opening": 0.0, "still": True, "touching": lambda name: (False, False), "holds": lambda goal: False}
+    closed = {"closing": 1.0, "opening": 0.0, "still": True, "touching": lambda _: (False, False), "holds": lambda _: False}
     wrong, right = SimpleNamespace(misjudged=True, **closed), SimpleNamespace(misjudged=False, **closed)
     assert not skill.busy(wrong)
     skill._hold = Hold(np.zeros(3), np.eye(3), np.array([0.0, 0.0, 1.0]))

@@ -79,6 +79,7 @@ class Dataset:
         self.tasks, self.episodes = meta.tasks.words, meta.episodes
         self._place = {episode.index: place for place, episode in enumerate(meta.episodes)}
         cameras = find_cameras(self.root, self.features, reading, self._sample)
+        self._require_videos(cameras.views)
         chosen = choose_columns(self.root, self.features, reading, video=video)
         self.views, self.action_keys, self.state_keys = dict(cameras.views), chosen.action, chosen.state
         self.notes: tuple[str, ...] = (*meta.notes, *cameras.notes, *chosen.notes)
@@ -203,11 +204,20 @@ class Dataset:
         """32 hex digits of the content: meta and data files in full, of each video its size and its first and last 64 KiB.
 
         Reading whole videos would take as long as copying them; the two ends hold the frame index, which changes with
-        every frame. Neither the location of the folder nor the time of writing matters.
+        every frame. Of a camera that is not used, the videos that are there count. Neither the location of the folder nor the
+        time of writing matters.
         """
         digest = hashlib.blake2b(digest_size=16)
         data = sorted({files.data for files in self._meta.files})
-        videos = sorted({path for files in self._meta.files for path, _ in files.videos.values()})
+        absent = self._meta.absent
+        videos = sorted(
+            {
+                path
+                for files in self._meta.files
+                for key, (path, _) in files.videos.items()
+                if key not in absent or path.is_file()
+            }
+        )
         for path in (*self._meta.paths, *data):
             digest.update(f"{path.relative_to(self.root).as_posix()}\0".encode())
             digest.update(path.read_bytes())
@@ -385,6 +395,15 @@ class Dataset:
         """A file with pictures of a column."""
         first = self._meta.files[0]
         return first.videos[key][0] if key in first.videos else first.data
+
+    def _require_videos(self, views: Mapping[str, str]) -> None:
+        """Refuse cameras with missing files, and name those that have all of theirs."""
+        absent = self._meta.absent
+        for key in views.values():
+            if key in absent:
+                others = " ".join(f"--view {name}" for name, key in views.items() if key not in absent)
+                choose = f". To use only the cameras whose files are all here: {others}" if others else ""
+                raise DataError(f"{absent[key]}{choose}")
 
     def _view_key(self, view: str) -> str:
         if view not in self.views:

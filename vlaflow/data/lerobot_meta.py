@@ -7,7 +7,7 @@ be), and no video is. ``lerobot_rows`` compares the rows with this, ``lerobot`` 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Meta:
         files: of each episode.
         paths: the meta files that were read.
         notes: what the user should know.
+        absent: of each camera with missing video files, what needs the first of them, as a sentence.
     """
 
     root: Path
@@ -78,6 +79,7 @@ class Meta:
     files: tuple[EpisodeFiles, ...]
     paths: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def modern(self) -> bool:
@@ -100,7 +102,7 @@ def is_modern(info: Mapping[str, Any]) -> bool:
 
 
 def read_meta(root: Path) -> Meta:
-    """Read and cross-check the meta folder; every data and video file it points to must exist.
+    """Read and cross-check the meta folder; every data file it points to must exist.
 
     Raises:
         DataError: not a data set, an unsupported version, a damaged or missing file, a path that leads out of the folder, an
@@ -117,7 +119,8 @@ def read_meta(root: Path) -> Meta:
     keys = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
     paths = _Paths(root, info)
     files = [(_files_v3 if modern else _files_v2)(paths, keys, row) for row in rows]
-    files, moved = _require_files(root, [int(row["episode_index"]) for row in rows], files)
+    numbers = [int(row["episode_index"]) for row in rows]
+    files, moved = _require_data(root, numbers, files)
     require_sound_offsets(root, float(info["fps"]), rows, [one.videos for one in files])
     named, told = _instructions(root, tasks, rows, files, modern)
     lengths = np.array([int(row["length"]) for row in rows])
@@ -127,7 +130,8 @@ def read_meta(root: Path) -> Meta:
         for row, names, length, start in zip(rows, named, lengths, starts, strict=True)
     )
     read = (root / "meta/info.json", tasks.path, *episode_paths)
-    return Meta(root, info, tasks, episodes, tuple(files), read, (*tasks.notes, *notes, *moved, *told))
+    absent = _absent_videos(root, numbers, files)
+    return Meta(root, info, tasks, episodes, tuple(files), read, (*tasks.notes, *notes, *moved, *told), absent)
 
 
 def some(numbers: Sequence[int]) -> str:
@@ -259,29 +263,41 @@ def _files_v2(paths: _Paths, keys: Sequence[str], row: Mapping[str, Any]) -> Epi
     return EpisodeFiles(paths("data_path", DATA_V2, **where), videos)
 
 
-def _require_files(
+def _require_data(
     root: Path, numbers: Sequence[int], files: Sequence[EpisodeFiles]
 ) -> tuple[list[EpisodeFiles], tuple[str, ...]]:
-    """Refuse missing files, but for data files whose rows lie in another one: those episodes are pointed to it, with a note."""
-    named = {path for one in files for path in (one.data, *(path for path, _ in one.videos.values()))}
-    exists = {path: is_file(path) for path in named}
-    elsewhere = _located(root) if not all(exists[one.data] for one in files) else {}
+    """Refuse missing data files, unless their rows lie in another one: those episodes are pointed to it, with a note."""
+    exists = {path: is_file(path) for path in {one.data for one in files}}
+    elsewhere = _located(root) if not all(exists.values()) else {}
     found, moved = [], []
     for number, one in zip(numbers, files, strict=True):
-        if not exists[one.data] and number in elsewhere:
+        if exists[one.data]:
+            found.append(one)
+        elif number in elsewhere:
             moved.append(number)
-            exists[elsewhere[number]] = True
             found.append(replace(one, data=elsewhere[number]))
         else:
-            found.append(one)
-        for path in (found[-1].data, *(path for path, _ in one.videos.values())):
-            if not exists[path]:
-                raise DataError(
-                    f"Episode {number} of {root} needs {path.relative_to(root)}, which is missing. Copy it again, or leave the "
-                    f"episode out: vlaflow data drop {root} --episodes {number} --out DIR"
-                )
+            raise DataError(_missing(root, number, one.data))
     note = f"Rows of episode {some(moved)} are not in the file that meta names; they were found in another one."
     return found, (note,) if moved else ()
+
+
+def _absent_videos(root: Path, numbers: Sequence[int], files: Sequence[EpisodeFiles]) -> dict[str, str]:
+    """See ``Meta.absent``. Whether they are needed depends on the views that are used."""
+    exists = {path: is_file(path) for path in {path for one in files for path, _ in one.videos.values()}}
+    absent: dict[str, str] = {}
+    for number, one in zip(numbers, files, strict=True):
+        for key, (path, _) in one.videos.items():
+            if not exists[path]:
+                absent.setdefault(key, _missing(root, number, path))
+    return absent
+
+
+def _missing(root: Path, number: int, path: Path) -> str:
+    return (
+        f"Episode {number} of {root} needs {path.relative_to(root)}, which is missing. Copy it again, or leave the "
+        f"episode out: vlaflow data drop {root} --episodes {number} --out DIR"
+    )
 
 
 def _located(root: Path) -> dict[int, Path]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from vlaflow.config import from_json
-from vlaflow.data.features import Feature, is_numeric
+from vlaflow.data.features import BOOKKEEPING, Feature, is_numeric
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.spec import ActionSpec
 from vlaflow.strict import read_object
@@ -142,9 +142,12 @@ def choose_columns(root: Path, features: Mapping[str, Feature], reading: Reading
         state = (STATE,)
     for key in (*action, *state):
         if not is_numeric(key, features[key]):
-            raise DataError(
-                f"'{key}' of {root} holds no numbers ({shown(features[key]['dtype'])}), so it is neither action nor state."
-            )
+            reason = f"holds no numbers ({shown(features[key]['dtype'])})"
+            if key in BOOKKEEPING:
+                reason = "only tells where a row belongs"
+            others = [each for each, feature in features.items() if is_numeric(each, feature)]
+            cure = f"Choose among {', '.join(others)}." if others else "It has no column that could be."
+            raise DataError(f"'{key}' of {root} {reason}, so it is neither action nor state. {cure}")
     notes: tuple[str, ...] = ()
     looks = _like(features, "state")
     if not state and looks:

@@ -404,6 +404,7 @@ def test_options_of_another_form_are_refused(keys, views, sentence):
         (("state=observation",), (), "'observation' may be .* name them in order", DataError),
         (("action=action,action",), (), "twice", DataError),
         (("action=observation.images.corner",), (), "holds no numbers", DataError),
+        (("state=timestamp",), (), "'timestamp' .* only tells where a row belongs.* Choose among ", DataError),
         ((), ("corn",), "has no view 'corn'; did you mean 'corner'", SpecError),
     ],
 )
