@@ -3,12 +3,11 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from tests.training.small import SPEC, tiny_config, tiny_policy
+from tests.training.small import tiny_config, tiny_policy
+from tests.training.two_robots import write_twin
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.writer import Writer
 from vlaflow.errors import SpecError
 from vlaflow.policies.mixing import known_robots
 from vlaflow.policies.objectives import PolicyObjective
@@ -18,17 +17,6 @@ from vlaflow.training.options import Options
 
 TWINS = {"xyz": ("front",), "abc": ("front",), "defg": ("front",), "hij": ("front", "wrist")}
 """Names of the state and views of robots whose actions mean the same."""
-
-
-def write(root, names, views, seed):
-    sizes = dict.fromkeys(views, (32, 32))
-    with Writer(root, fps=10, action_spec=SPEC, state_names=tuple(names), views=sizes, robot_type="t", provenance={}) as out:
-        for episode in range(4):
-            rng = np.random.default_rng([seed, episode])
-            images = {view: rng.integers(0, 256, (9, 32, 32, 3), np.uint8) for view in views}
-            state = rng.normal(10 * seed, 1, (9, len(names))).astype(np.float32)
-            out.add(images, state, rng.uniform(-1, 1, (9, 2)).astype(np.float32), "push")
-    return root
 
 
 def config_of(views, state_dim, **changes):
@@ -47,7 +35,7 @@ def twins(tmp_path_factory):
     """A folder of data sets of four robots that differ in their states and views alone."""
     root = tmp_path_factory.mktemp("twins")
     for seed, (names, views) in enumerate(TWINS.items()):
-        write(root / names, names, views, seed)
+        write_twin(root / names, names, views, seed)
     return root
 
 
@@ -72,20 +60,20 @@ def test_a_data_set_is_of_the_robot_that_it_was_trained_as(quadruplets, twins):
 
 
 def test_new_data_are_of_the_robot_with_their_state_and_most_of_their_views(quadruplets, tmp_path):
-    four = write(tmp_path / "four", "defg", ("front",), 8)
-    both = write(tmp_path / "both", "hij", ("front", "wrist"), 9)
+    four = write_twin(tmp_path / "four", "defg", ("front",), 8)
+    both = write_twin(tmp_path / "both", "hij", ("front", "wrist"), 9)
     assert robot_of(quadruplets, str(four), str(both)) == ["defg", "hij"]
 
 
 def test_new_data_that_may_be_of_two_robots_are_named_after_theirs(quadruplets, tmp_path):
-    other = write(tmp_path / "other", "abc", ("front",), 8)
+    other = write_twin(tmp_path / "other", "abc", ("front",), 8)
     with pytest.raises(SpecError, match=f"may be of several robots .*: xyz, abc. .* --dataset xyz={other}"):
         robot_of(quadruplets, str(other))
     assert robot_of(quadruplets, f"abc={other}") == ["abc"]
 
 
 def test_data_with_a_state_of_another_size_are_refused_before_a_frame_is_decoded(quadruplets, twins, tmp_path):
-    wide = write(tmp_path / "wide", "klmno", ("front",), 8)
+    wide = write_twin(tmp_path / "wide", "klmno", ("front",), 8)
     with pytest.raises(SpecError, match=r"actions, state or views .* none of the robots"):
         robot_of(quadruplets, str(wide))
     alone = trained(config_of(("front",), 3), str(twins / "xyz"), tmp_path / "alone")
