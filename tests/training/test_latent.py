@@ -9,14 +9,19 @@ import torch
 from tests.data.toyset import edit_info, without_actions
 from tests.training.latents import OFTEN, SMALL, Pairs, latent_config, latent_stage, train
 from tests.training.small import Cut, weights
+from tests.training.two_robots import write_twin, write_wide
 from vlaflow.actions.latent import LatentActionModel
+from vlaflow.actions.stored_latent import StoredLatentModel
 from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import split_episodes
 from vlaflow.errors import CapabilityError, ConfigError, DataError, SpecError
+from vlaflow.policies.iflybot.codes import dataset_codes, model_pairs
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.stages import LatentStage
+from vlaflow.training import run
 from vlaflow.training.metrics_log import read_log
+from vlaflow.training.options import Options
 from vlaflow.training.recipes import find_recipe
 
 
@@ -176,3 +181,24 @@ def test_a_data_set_of_video_alone_trains_no_policy():
     assert not find_recipe("iflybot.latent").continues
     with pytest.raises(ConfigError, match=r"'dfm_vla\.demo' learns from actions\. The data set has none"):
         find_recipe("dfm_vla.demo").config(data)
+
+
+@pytest.mark.parametrize("view", ["front", "wrist"])
+def test_codes_are_of_the_views_that_the_model_learned_from(view, tmp_path):
+    """Also those of a data set without its view, whether that is its first one or not; a stranger's is not guessed."""
+    roots = write_twin(tmp_path / "lacking", "xyz", ["side"]), write_wide(tmp_path / "wide")
+    config = latent_config(steps=1, validation_fraction=0.3)
+
+    def trained(out, view):
+        own = replace(config, objective=replace(config.objective, view=view))
+        run.train_stage(own, [str(root) for root in roots], out, name="t", options=Options(tracker="none"))
+        return out
+
+    model = StoredLatentModel.open(trained(tmp_path / "latent", view))
+    lacking, wide = (Dataset.open(root) for root in roots)
+    assert [model_pairs(model, each).view for each in (lacking, wide)] == ["side", view]
+    assert dataset_codes(model, lacking).id_NK.max() >= 0
+    with pytest.raises(DataError, match=f"has no view '{view}'"):
+        model_pairs(model, Dataset.open(write_twin(tmp_path / "stranger", "xyz", ["top"])))
+    with pytest.raises(DataError, match="no view 'wrsit'"):
+        trained(tmp_path / "unknown", "wrsit")

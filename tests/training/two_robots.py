@@ -1,4 +1,4 @@
-"""Two robots of different states, actions, rates and views, and the config of a policy for both."""
+"""Robots of different states, actions, rates and views, and the config of a policy for two of them."""
 
 from dataclasses import replace
 
@@ -27,6 +27,18 @@ def write_wide(root):
             images = {view: rng.integers(0, 256, (8, 32, 32, 3), np.uint8) for view in views}
             state = rng.normal(5, 2, (8, 4)).astype(np.float32)
             out.add(images, state, rng.uniform(-9, 9, (8, 3)).astype(np.float32), "lift the lid")
+    return root
+
+
+def write_twin(root, names, views, seed=0):
+    """Four episodes of a robot of ``SPEC``, with a state of these names around ten times the seed."""
+    sizes = dict.fromkeys(views, (32, 32))
+    with Writer(root, fps=10, action_spec=SPEC, state_names=tuple(names), views=sizes, robot_type="t", provenance={}) as out:
+        for episode in range(4):
+            rng = np.random.default_rng([seed, episode])
+            images = {view: rng.integers(0, 256, (9, 32, 32, 3), np.uint8) for view in views}
+            state = rng.normal(10 * seed, 1, (9, len(names))).astype(np.float32)
+            out.add(images, state, rng.uniform(-1, 1, (9, 2)).astype(np.float32), "push")
     return root
 
 

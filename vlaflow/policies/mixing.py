@@ -34,7 +34,7 @@ from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.policies.acting import chunks_of, policy_frames, print_exclusions, require_readable, stated_spec
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.policy_config import Normalisation
-from vlaflow.policies.provenance import READING
+from vlaflow.policies.provenance import READING, run_of
 from vlaflow.policies.recipe import Base, Objective, OpenedDataset, Setup, TrainConfig
 from vlaflow.policies.robots import Robot
 from vlaflow.policies.stages import CoTraining, Stage
@@ -141,34 +141,69 @@ def known_robots(base: Base, config: TrainConfig, datasets: Sequence[OpenedDatas
     """The robots of a policy that is continued, and which of them each data set is of.
 
     Raises:
-        SpecError: a data set of a robot that the policy does not know.
+        SpecError: a data set of a robot that the policy does not know, or that may be of several of its robots.
         ConfigError: the config states another duration than the policy's chunks have.
     """
     policy = base.policy
     _require_same_duration(base, config)
-    if not policy.robots:
-        for each in datasets:
-            theirs = f"data set {each.dataset.root}"
-            policy.action_spec.require_match(stated_spec(each.dataset), f"checkpoint {base.path}", theirs)
-        views = tuple(policy.model.backbone.views)
-        return Robots({"": Robot(policy.action_spec, dict(policy.stats), views)}, (0,) * len(datasets))
-    of = []
+    if policy.robots:
+        return Robots(dict(policy.robots), tuple(_known_robot(base, each) for each in datasets))
     for each in datasets:
-        spec = stated_spec(each.dataset)
-        found = [
-            place
-            for place, robot in enumerate(policy.robots.values())
-            if replace(robot.action_spec, chunk_size=spec.chunk_size).meaning == spec.meaning
-            and set(robot.views) <= set(each.dataset.views)
-        ]
-        if not found:
-            known = ", ".join(f"'{name}' ({robot.action_spec.robot})" for name, robot in policy.robots.items())
+        theirs = f"data set {each.dataset.root}"
+        policy.action_spec.require_match(stated_spec(each.dataset), f"checkpoint {base.path}", theirs)
+        read, held = policy.stats["state"].dim, _state_dim(each.dataset)
+        if read != held:
             raise SpecError(
-                f"The actions or views of {each.dataset.root} are those of none of the robots that {base.path} knows: {known}. "
-                "Train a policy on its data as well, or convert the data set."
+                f"{base.path} reads a state of {read} numbers, and that of {each.dataset.root} has {held}. Name the columns "
+                "that it was trained with (--key state=COLUMN,COLUMN), or choose another data set."
             )
-        of.append(found[0])
-    return Robots(dict(policy.robots), tuple(of))
+    views = tuple(policy.model.backbone.views)
+    return Robots({"": Robot(policy.action_spec, dict(policy.stats), views)}, (0,) * len(datasets))
+
+
+def _known_robot(base: Base, each: OpenedDataset) -> int:
+    """The robot of a policy of several that a data set is of, as a place in their order.
+
+    Where actions, state and views leave a choice, it is the robot that the data set was trained as, else one with the most of
+    its views, else the one of its name.
+
+    Raises:
+        SpecError: there is none, or a choice is left.
+    """
+    robots, spec = list(base.policy.robots.items()), stated_spec(each.dataset)
+    found = [
+        place
+        for place, (_, robot) in enumerate(robots)
+        if replace(robot.action_spec, chunk_size=spec.chunk_size).meaning == spec.meaning
+        and robot.stats["state"].dim == _state_dim(each.dataset)
+        and set(robot.views) <= set(each.dataset.views)
+    ]
+    if not found:
+        known = ", ".join(f"'{name}' ({robot.action_spec.robot})" for name, robot in robots)
+        raise SpecError(
+            f"The actions, state or views of {each.dataset.root} are those of none of the robots that {base.path} knows: "
+            f"{known}. Train a policy on its data as well, or convert the data set."
+        )
+    members = run_of(base.folder).get("mixture", ())
+    trained_as = {member["robot"] for member in members if member["data"] == each.dataset.fingerprint}
+    most = max(len(robots[place][1].views) for place in found)
+    for chosen in (
+        [place for place in found if robots[place][0] in trained_as],
+        [place for place in found if len(robots[place][1].views) == most],
+        [place for place in found if robots[place][0] == each.entry.name],
+    ):
+        found = [place for place in found if place in chosen] or found
+    if len(found) > 1:
+        names = [robots[place][0] for place in found]
+        raise SpecError(
+            f"{each.dataset.root} may be of several robots that {base.path} knows: {', '.join(names)}. Say which one by its "
+            f"name: --dataset {names[0]}={each.dataset.root}"
+        )
+    return found[0]
+
+
+def _state_dim(dataset: Dataset) -> int:
+    return len(dataset.dimension_names("state"))
 
 
 def _require_same_duration(base: Base, config: TrainConfig) -> None:

@@ -383,17 +383,18 @@ class LatentObjective(Objective):
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``; a view that is missing and episodes that are all too short for the gap are a ``DataError``."""
-        chosen_view(dataset, self.view)
         return self.set_up_several(config, [alone(dataset)], assets)
 
     def set_up_several(self, config: TrainConfig, datasets: Sequence[OpenedDataset], assets: Assets) -> Setup:
-        """See ``Objective``; a data set without the view shows its first one."""
+        """See ``Objective``; a data set without the view shows its first one, but one of them must have it."""
+        if not any(self.view in each.dataset.views for each in datasets):
+            chosen_view(datasets[0].dataset, self.view)
         samples, first = pairs_of(Paired(self.view, self.gap_s, self.model.image_size), config, datasets)
         others = tuple(each.dataset.fingerprint for each in datasets[1:])
         dataset = datasets[0].dataset
         origin = Origin(
             dataset.fingerprint,
-            first.view,
+            self.view,
             dataset.fps,
             self.gap_s,
             first.gap,

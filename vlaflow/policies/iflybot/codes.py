@@ -46,16 +46,20 @@ def model_pairs(
     Args:
         model: the latent action model.
         dataset: any data set with video; at another rate the gap has another number of frames.
-        view: by default the one the model was trained on.
+        view: by default the one the model was trained on; the first one of a data set that it was trained on without it.
         episodes: all by default.
         storage: where frames come from.
 
     Raises:
         DataError: no such view, or no episode longer than the gap.
     """
-    view = chosen_view(dataset, view or model.origin.view)
+    origin = model.origin
+    wanted = view or origin.view
+    if view is None and wanted not in dataset.views and dataset.fingerprint in (origin.dataset, *origin.others):
+        wanted = None  # as training chose it (``latent_pairs``)
+    view = chosen_view(dataset, wanted)
     frames = open_frames(storage, dataset, model.config.image_size, [view])
-    return FramePairs(dataset, frames, view, model.origin.gap_s, episodes=episodes)
+    return FramePairs(dataset, frames, view, origin.gap_s, episodes=episodes)
 
 
 def dataset_codes(
@@ -71,7 +75,7 @@ def dataset_codes(
     Args:
         model: the latent action model; a stored one is opened only where the codes are not there yet.
         dataset: any data set with video.
-        view: by default the one the model was trained on.
+        view: see ``model_pairs``.
         storage: where frames come from; the codes of JPEGs are other ones.
         progress: called with (pairs done, pairs in all) while computing.
 
