@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -174,6 +175,7 @@ class Stage:
 
     def __init__(self, monkeypatch, successes):
         self.successes, self.ran, self.unfinished = successes, [], None
+        self.machine, self.versions = "A processor", {"torch": "2.13.0"}
         monkeypatch.setattr(reproduce, "_run", self.run)
 
     def run(self, words):
@@ -181,7 +183,9 @@ class Stage:
             return 130
         self.ran.append(words[0] + (" --fresh" if "--fresh" in words else ""))
         out = words[words.index("--out") + 1]
-        if words[0] == "train":
+        if words[0] == "record":
+            Path(out).mkdir(parents=True)
+        elif words[0] == "train":
             make_policy(rater=False).save_pretrained(out)
         elif words[0] == "eval":
             self.evaluate(words, out)
@@ -201,7 +205,7 @@ class Stage:
         times = Percentiles(*[5.0] * len(Percentiles.__dataclass_fields__))
         latency = [Latency(name, 1, times, {}, {}, 5.0, 12.0, 2.0, 0.0) for name in names]
         found = results.count(episodes, latency, n_action_steps=8, max_steps=24, render="fast", solver_steps=10)
-        file = Results(found, Minutes(), {}, "", "", "", "", results.pool(found), (), ())
+        file = Results(found, Minutes(), self.versions, "", "", "", self.machine, results.pool(found), (), ())
         results.write(file, reproduce.Path(out) / "results.json")
 
 
@@ -261,6 +265,57 @@ def test_the_number_of_workers_repeats_nothing(tmp_path, monkeypatch, capsys):
     assert "--workers 1   (done before)" in capsys.readouterr().out
 
 
+def test_a_folder_that_was_moved_or_is_named_in_another_way_is_continued(tmp_path, monkeypatch):
+    """Steps that are recorded by the folder's name, as they once were, count too."""
+    stage = Stage(monkeypatch, {"dense:2": 5, "refine-random:2": 5})
+    words = ["reproduce", "C2", "--training-seeds", "1", "--episodes", "6", "--out"]
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "here"]) == 0
+    assert main([*words, str(tmp_path / "here")]) == 0
+    Path("here").rename("there")
+    assert main([*words, "there"]) == 0
+    assert stage.ran == ["record", "train", "eval"]
+    file = Path("there/steps.json")
+    known = {
+        text.replace("policies/", "there/policies/").replace("results/", "there/results/"): 1.0
+        for text in json.loads(file.read_text())
+    }
+    file.write_text(json.dumps({text.replace(" dataset-", " there/dataset-"): seconds for text, seconds in known.items()}))
+    assert main([*words, "there"]) == 0
+    assert stage.ran == ["record", "train", "eval"]
+
+
+def test_what_was_removed_is_made_again_and_what_was_made_of_a_checkpoint(tmp_path, monkeypatch):
+    """An evaluation of a policy that is no more says nothing about the next one."""
+    stage = Stage(monkeypatch, {"dense:2": 5, "refine-random:2": 5})
+    words = ["reproduce", "C2", "--training-seeds", "2", "--episodes", "6", "--out", str(tmp_path)]
+    assert main(words) == 0
+    places = Places(tmp_path, Size(2, episodes=6))
+    shutil.rmtree(places.results(C2, "synchronous", 1))
+    assert main(words) == 0
+    assert stage.ran[5:] == ["eval"]
+    shutil.rmtree(places.policy("synchronous", 0))
+    assert main(words) == 0
+    assert stage.ran[6:] == ["train", "eval"]
+    shutil.rmtree(places.dataset)
+    assert main(words) == 0
+    assert stage.ran[8:] == ["record"], "which is the same every time"
+
+
+def test_a_row_says_where_and_with_what_its_arms_were_measured(tmp_path, monkeypatch):
+    """Which need not be the machine, nor the versions, that concludes."""
+    stage = Stage(monkeypatch, {"dense:2": 5, "refine-random:2": 5})
+    words = ["reproduce", "C2", "--training-seeds", "1", "--episodes", "6", "--out", str(tmp_path)]
+    assert main(words) == 0
+    row = read(C2, Places(tmp_path))
+    assert (row.machine, row.versions) == ("A processor", {"torch": "2.13.0"})
+    stage.machine, stage.versions = "Another", {"torch": "2.14.0", "mujoco": "3.3.0"}
+    assert main([*words, "--training-seeds", "2"]) == 0
+    row = read(C2, Places(tmp_path))
+    assert row.machine == "A processor and Another"
+    assert row.versions == {"torch": "2.13.0 and 2.14.0", "mujoco": "3.3.0"}
+
+
 def test_a_quick_test_says_that_it_says_nothing(tmp_path, monkeypatch, capsys):
     Stage(monkeypatch, {"dense:2": 2, "refine-random:2": 0})
     assert main(["reproduce", "C2", "--out", str(tmp_path), "--quick"]) == 0
@@ -290,8 +345,12 @@ def test_a_training_that_a_signal_ended_is_not_done(monkeypatch):
 
 
 def test_a_damaged_record_of_steps_is_one_sentence(tmp_path, capsys):
-    (tmp_path / "steps.json").write_text(json.dumps(["vlaflow record"]))
-    assert main(["reproduce", "C2", "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert "steps.json contains a list instead of an object" in said
-    assert said.count("\n") == 1
+    for content, wrong in (
+        (["vlaflow record"], "steps.json contains a list instead of an object"),
+        ({"vlaflow record 'x": 1.0}, "steps.json holds what is no command (No closing quotation)"),
+    ):
+        (tmp_path / "steps.json").write_text(json.dumps(content))
+        assert main(["reproduce", "C2", "--out", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert wrong in said
+        assert said.count("\n") == 1

@@ -151,7 +151,7 @@ def test_a_budget_reads_the_checkpoint_folder(tmp_path):
     with pytest.raises(CalibrationError, match="vlaflow bench latency"):
         within(home, 60)
     save(TIMES, tmp_path / PROFILE)
-    with pytest.raises(CalibrationError, match="vlaflow calibrate"):
+    with pytest.raises(CalibrationError, match=r"vlaflow calibrate CKPT --dataset DIR --sampler$"):  # also without exits
         within(home, 60)
     save(LOSS, tmp_path / FOLDER / LADDER)
     assert parse("budget:60", checkpoint=home).steps == 10
@@ -194,6 +194,22 @@ def test_a_budget_is_chosen_for_the_engine_that_computes(tmp_path):
     assert (parse("budget:30", checkpoint=home).steps, parse("budget:30", programs, home).steps) == (2, 10)
     with pytest.raises(CalibrationError, match="measured with engine aoti f32; this is aoti bf16"):
         parse("budget:30", Knobs(engine="aoti bf16"), home)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "options"),
+    [
+        (Knobs(), ""),
+        (Knobs(engine="aoti f32"), ""),
+        (Knobs(threads=2), " --threads 2"),
+        (Knobs(device="cuda", dtype="bf16"), " --device cuda --dtype bf16"),
+        (Knobs(device="cuda:1", engine="graphs bf16"), " --device cuda:1 --engine graphs"),
+    ],
+)
+def test_what_a_budget_lacks_is_told_with_the_options_that_measure_it(tmp_path, knobs, options):
+    """``vlaflow bench latency`` times every program on a CPU, and by default nothing on a GPU."""
+    with pytest.raises(CalibrationError, match=f"Measure it: vlaflow bench latency CKPT{options}$"):
+        within(Checkpoint(tmp_path, "aa"), 60, knobs)
 
 
 def test_milliseconds_that_were_measured_eagerly_are_converted_by_both_costs():

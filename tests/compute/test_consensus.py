@@ -15,10 +15,11 @@ from vlaflow.compute.dense import Dense
 from vlaflow.compute.distance import distance
 from vlaflow.compute.doubts import AtRandom, BelowThreshold, Spread
 from vlaflow.compute.early_exit import EarlyExit
-from vlaflow.compute.parse import parse
+from vlaflow.compute.parse import parse, parse_all
 from vlaflow.compute.refine import Refine
 from vlaflow.compute.refine_tokens import Improbable, RefineTokens
-from vlaflow.compute.spelling import Knobs
+from vlaflow.compute.sampler_choice import Candidate, SamplerCalibration
+from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Conditioning
@@ -258,7 +259,40 @@ def test_names_that_people_type():
 def test_names_tell_settings_apart():
     """Compute policies of one name would be one row of a table."""
     typed = ("refine", "refine:2@0.5", "refine:2@0.5+dense:10", "refine+dense:10", "refine-spread", "refine-spread+mean:4")
-    assert len({parse(name).name for name in typed}) == len(typed)
+    typed += ("refine:2@0.5+dense", "refine-spread:2", "refine-spread:2+mean:8", "refine-tokens:2", "refine-tokens:2+dense")
+    typed += ("mean:4+refine:2", "mean:4+refine:2+dense", "refine-spread:2,draws=4", "refine-spread:2,draws=4+dense")
+    assert len({parse(name).name for name in typed}) == len(parse_all(typed)) == len(typed)
+    assert parse("refine:2").name == "refine:2"
+    assert parse("refine:2+dense").name == "refine:2(dense)"
+
+
+def test_two_spellings_of_one_policy_are_one_and_two_policies_of_one_name_are_refused(tmp_path):
+    assert parse_all(("mean:8", "mean:8+dense", "refine", "refine+dense")) == [parse("mean:8"), parse("refine")]
+    chosen = SamplerCalibration(
+        *(
+            "aa",
+            "dd",
+            "failures",
+            (Candidate("dense", 10, 30, 1, 2, 0.1),),
+            "dense",
+            None,
+            1,
+            (),
+            0,
+            0,
+            0.0,
+            "",
+            "cpu",
+            1,
+            "",
+            {},
+        )
+    )
+    chosen.save(tmp_path / "calibration" / "sampler.json")
+    home = Checkpoint(tmp_path, "aa")
+    assert len(parse_all(("auto", "dense"), Knobs(10), home)) == 1
+    with pytest.raises(ConfigError, match="'auto' and 'dense' differ, and tables would name both dense"):
+        parse_all(("auto", "dense"), Knobs(2), home)
 
 
 @pytest.mark.parametrize("make", [lambda: Consensus(0), lambda: Spread(-1), lambda: Refine(Spread(), inner=Dense(2))])

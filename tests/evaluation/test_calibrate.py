@@ -2,21 +2,37 @@
 
 import json
 import shutil
+from math import inf
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from tests.compute import test_early_exit
 from tests.evaluation.conftest import ENV
 from vlaflow.cli.main import main
 from vlaflow.compute.budget import LADDER, PROFILE
-from vlaflow.compute.calibration import Calibration
-from vlaflow.compute.early_exit import ExitPlan
+from vlaflow.compute.calibration import Calibration, ShareTarget
+from vlaflow.compute.early_exit import EarlyExit, ExitPlan
+from vlaflow.compute.thresholds import ExitMeasurements
 from vlaflow.data.lerobot import Dataset
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.latent_flow import LatentFlowConfig
+from vlaflow.decoders.latent_reader import LatentTokensConfig
 from vlaflow.errors import ConfigError
+from vlaflow.evaluation import calibrate
 from vlaflow.evaluation.calibrate import ByShares, Request, held_out, measure, run, sample
+from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.simulators.record import RecordConfig, record
 from vlaflow.training.run import Options, train
+
+
+def latent_flow(dim, chunk_size):
+    """A flow behind two latent tokens."""
+    return LatentFlowConfig(
+        FlowConfig(dim, chunk_size, expert=test_early_exit.EXPERT, masks="synchronous"), LatentTokensConfig(2, 4)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +129,67 @@ def test_a_ladder_knows_the_steps_of_every_calibration(trained, dataset, tmp_pat
     calibrated(1, "one")
     assert ladder.stat().st_mtime_ns == before
     assert 4 in calibrated(4, "four")
+    assert {4, 7} <= calibrated(7, "seven"), "another calibration does not lose the steps of the one before"
+    ladder.write_text("{")
+    assert {4, 7} <= calibrated(1, "one"), "a damaged one is measured again"
+
+
+def test_a_name_never_means_something_else_than_before(trained, dataset, tmp_path, monkeypatch, capsys):
+    """An evaluation knows a calibration by its name. The same command may make it again, also where it cannot be read."""
+    folder = tmp_path / "policy"
+    shutil.copytree(trained, folder)
+    file = folder / "calibration/budget-0.4.json"
+    words = ["calibrate", str(folder), "--dataset", str(dataset), "--no-ladder", "--frames"]
+    assert main([*words, "16"]) == 0
+    first = file.read_bytes()
+    for other, said in (
+        (["--exit-distribution", "gamma"], "made with the target's distribution exponential, and this would replace it"),
+        (["--sampling", "4"], "made with sampling 2, and this would replace it by one with 4. Give the new one a --name"),
+        (["--name", "budget-0.4", "--max-deviation", "1"], "made with the target's max_deviation None"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(calibrate, "measure", None)  # refused before anything is measured
+            assert main([*words, "16", *other]) == 2
+        assert said in capsys.readouterr().err
+    assert file.read_bytes() == first
+    assert main([*words, "20"]) == 0
+    assert file.read_bytes() != first
+    file.write_text("{")
+    assert main([*words, "16"]) == 0
+    assert Calibration.load(file).samples == 8
+
+
+@pytest.mark.parametrize("confidence", ["0", "1"])
+def test_a_confidence_that_no_frames_can_give_is_refused_first(trained, dataset, confidence, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "measure", None)
+    for kind in ([], ["--refine"]):
+        words = [
+            "calibrate",
+            str(trained),
+            "--dataset",
+            str(dataset),
+            *kind,
+            "--max-deviation",
+            "1",
+            "--confidence",
+            confidence,
+        ]
+        assert main(words) == 2
+        assert "the risk is 1 − --confidence" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("decoder", [FlowConfig, latent_flow], ids=["flow", "latent flow"])
+def test_a_calibration_counts_the_layers_that_its_chunks_run(decoder):
+    """Those of latent tokens too, which are answered before the solver starts; budgets prefer what runs fewer."""
+    made, plan = test_early_exit.policy(decoder=decoder(4, 6)), ExitPlan(test_early_exit.DEPTHS, sampling=Sampling(3))
+    equal, ones, half = np.zeros((8, 3)), np.ones((8, 3)), np.arange(8) % 2 == 0
+    frames = SimpleNamespace(windows=SimpleNamespace(dataset=SimpleNamespace(fingerprint="dd")))
+    for discrepancy, thresholds in ((equal, (inf, inf, inf)), (ones, (-inf, -inf, inf))):
+        table = ExitMeasurements(discrepancy, equal, equal, ones, half, half)
+        target = SimpleNamespace(choose=lambda _, chosen=thresholds: (np.array(chosen), ShareTarget("gamma", 1, True, ())))
+        effect = calibrate.calibrate(made, plan, frames, table, target=target, checkpoint="aa").effect
+        taken = test_early_exit.decode(made, EarlyExit(plan, thresholds))
+        assert (effect.layer_passes, effect.nfe) == (taken.layer_passes[0], taken.nfe[0])
 
 
 def test_no_episode_is_in_both_halves_and_none_was_learned_from(trained, dataset):

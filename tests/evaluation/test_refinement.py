@@ -52,7 +52,7 @@ def calibrated(checkpoint, dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("refinement") / "policy"
     shutil.copytree(checkpoint, folder)
     given = [str(folder), "--dataset", str(dataset), "--episodes", "all", "--frames", str(FRAMES)]
-    assert main([*given, "--refine", "--share", "0.5", "--compute", "dense:2", "--sampling", "1"]) == 0
+    assert main([*given, "--refine", "--share", "0.5", "--compute", "dense:2", "--sampling", "1", "--clock", "0.75"]) == 0
     return folder
 
 
@@ -141,6 +141,8 @@ def test_a_calibration_says_what_was_measured_and_runs_by_its_name(calibrated):
     assert made.rivals[0].difference == 0
     shares = {each.name: each.share for each in made.rivals if each.settings}
     assert shares["all actions"] == 1
+    timed = {each.settings for each in made.rivals if each.name == "rater, calibrated" and each.p50}
+    assert timed == {"1, clock 0.75"}, "what was asked for is in the table, whatever its clock"
     compute = parse("refine:share-0.5", checkpoint=Checkpoint(calibrated, fingerprint(calibrated)))
     assert (compute.name, compute.executed, compute.doubt.threshold) == ("refine:share-0.5", 4, made.threshold)
     unstated = replace(made, first="dense").refine("again", Knobs(steps=3))
@@ -215,6 +217,11 @@ def test_what_cannot_be_calibrated_is_one_sentence(calibrated, bare_checkpoint, 
     assert "add --refine" in refused(calibrated, "--share", "0.5")
     assert "Give either --share or --max-deviation" in refused(calibrated, "--refine", "--share", "1", "--max-deviation", "1")
     assert "begins with a letter" in refused(calibrated, "--refine", "--name", "2x")
+    monkeypatch.setattr(refinement.Workbench, "drafts", None)
+    again = ("--refine", "--name", "share-0.5", "--compute", "dense:2", "--sampling", "1", "--share", "0.5", "--clock")
+    assert "made with clock 0.75, and this would replace it by one with 0.5" in refused(calibrated, *again, "0.5")
+    again = (*again[:-2], "0.25", "--clock", "0.75")
+    assert "made with share 0.5, and this would replace it by one with 0.25" in refused(calibrated, *again)
     with pytest.raises(ConfigError, match="at least two draws"):
         parse("refine-spread:2,draws=1")
     assert replace(Spread(0.1), threshold=0.2).limit == 0.2

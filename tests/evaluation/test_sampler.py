@@ -236,6 +236,13 @@ def test_frames_choose_and_auto_is_the_default_of_eval_and_act(checkpoint, datas
     assert np.array_equal(policy.act(seen).actions, policy.act(seen, parse(made.choice)).actions)
 
 
+def test_a_candidate_named_twice_is_one_candidate(checkpoint, dataset):
+    """By whatever spelling: times and measures are by policy."""
+    twice = ("dense:1", "mean:2+dense", "dense:1", "mean:2")
+    made = run(checkpoint, dataset, SamplerRequest(twice, frames=8, latency_chunks=2, draws=1))
+    assert [each.compute for each in made.candidates] == ["dense:1", "mean:2+dense"]
+
+
 def test_a_calibration_of_other_weights_is_refused(checkpoint, dataset):
     run(checkpoint, dataset, SamplerRequest(WAYS[:2], frames=8, latency_chunks=2, draws=1))
     policy = Policy.from_pretrained(checkpoint)

@@ -1,17 +1,18 @@
 """An evaluation on several machines comes to the results of one, and parts that do not belong together are refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 
 from tests.evaluation.conftest import CONFIG, ENV, untimed
 from vlaflow.cli.main import main
-from vlaflow.errors import ConfigError, DataError
+from vlaflow.errors import CheckpointError, ConfigError, DataError
 from vlaflow.evaluation import results
 from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.prepared import RESULTS
-from vlaflow.evaluation.rollout import EpisodeResult
+from vlaflow.evaluation.rollout import EpisodeResult, RolloutConfig
 from vlaflow.evaluation.run import merge, play_shard
 from vlaflow.evaluation.shards import Shard, read_shards
 
@@ -111,6 +112,29 @@ def test_a_folder_without_shards_and_a_shard_that_is_still_running_are_refused(t
         pytest.raises(ConfigError, match="still writing"),
     ):
         read_shards(tmp_path)
+
+
+def test_a_shard_that_was_killed_before_its_first_line_is_told_apart_from_another_file(tmp_path):
+    """A kill or a full disk may leave nothing, or a part of the first line."""
+    for content in ("", '{"format": "vlaflow ep'):
+        (tmp_path / Shard(1, 1).file).write_text(content)
+        with pytest.raises(
+            DataError, match=r"shard-1-of-1\.jsonl ends before its first line does\. Run the command that began it again"
+        ):
+            read_shards(tmp_path)
+
+
+def test_a_checkpoint_that_lies_elsewhere_here_is_named_to_merge(checkpoint, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    shutil.copytree(checkpoint, there)
+    config = replace(CONFIG, computes=("dense",), episodes=1, language_episodes=0, rollout=RolloutConfig(max_steps=4))
+    play_shard(there, config, tmp_path / "out", Shard(1, 1))
+    there.rename(here)
+    with pytest.raises(CheckpointError, match=f"played with {there}, .* vlaflow merge {tmp_path / 'out'} --checkpoint DIR"):
+        merge(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"^There is no checkpoint folder"):
+        merge(tmp_path / "out", checkpoint=there)
+    assert merge(tmp_path / "out", checkpoint=here).checkpoint == str(here)
 
 
 def test_a_shard_of_another_version_is_refused(checkpoint, tmp_path):

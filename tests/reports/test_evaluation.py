@@ -8,9 +8,10 @@ import pytest
 
 from tests.reports import synthetic
 from vlaflow.evaluation import results
+from vlaflow.reports import evaluation as evaluation_page
 from vlaflow.reports import evaluation_plots as plots
-from vlaflow.reports.evaluation import caveats, write_report
-from vlaflow.reports.words import percent, too_few
+from vlaflow.reports.evaluation import caveats, steps_table, write_report
+from vlaflow.reports.words import middle, percent, played, too_few
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,36 @@ def test_a_difference_that_so_few_episodes_cannot_show_comes_with_a_warning(tmp_
     assert not too_few(replace(made, paired=tuple(replace(test, p_value=0.01) for test in mild)))
     results.write(replace(made, paired=mild), tmp_path / "results.json")
     assert "cannot be told from chance" in write_report(tmp_path).read_text()
+
+
+def counted(episodes):
+    return results.count(episodes, synthetic.latency(), n_action_steps=8, max_steps=500, render="fast", solver_steps=10)
+
+
+def test_what_is_over_all_environments_says_so():
+    """In the plot and in the table of paired tests, as in the table of rates."""
+    made = synthetic.results()
+    assert ">all</text>" in plots.success(made)
+    found = evaluation_page.paired(made)
+    assert {row[0] for row in found["table"].rows} == {"drawer-open", "button-press-topdown", "window-close", "all"}
+
+
+def test_the_median_of_two_steps_lies_between_them(tmp_path):
+    assert middle((50, None, 150)) == "100"
+    assert middle((50, 151)) == "100.5"
+    assert middle((7,)) == "7"
+    assert middle((None,)) == "none"
+    two = [
+        replace(e, success=True, first_success_step=step) for e, step in zip(synthetic.episodes()[::3], (50, 150), strict=False)
+    ]
+    assert steps_table(replace(synthetic.results(), evaluations=counted(two))).rows[0][2:5] == ["100", "50", "150"]
+
+
+def test_one_episode_is_not_spoken_of_as_several():
+    evaluations = counted([e for e in synthetic.episodes() if e.seed == 1003])
+    made = replace(synthetic.results(), evaluations=evaluations, paired=results.compare(evaluations))
+    assert played(made) == "1 episode each, seed 1003"
+    assert all(sentence.startswith(("With 1 pair per", "With 3 pairs over")) for sentence in too_few(made))
 
 
 def test_repetitions_are_described(tmp_path):

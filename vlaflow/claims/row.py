@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from vlaflow.compute.parse import parse
 from vlaflow.compute.spelling import DEFAULTS, Checkpoint
 from vlaflow.evaluation import results, vqa
 from vlaflow.evaluation.prepared import RESULTS
-from vlaflow.evaluation.results import Evaluation, read_as
+from vlaflow.evaluation.results import Evaluation, Results, read_as
+from vlaflow.evaluation.vqa import AnswerResults
 from vlaflow.outputs import write_json
 from vlaflow.policies.provenance import fingerprint
-from vlaflow.versions import command_line, machine, versions
+from vlaflow.versions import command_line
 
 FORMAT = "vlaflow claim 2"
 
@@ -36,7 +38,7 @@ class Row:
         benchmark: its name.
         hours: time spent on all commands of this row, including trainings that other rows share.
         command, commands: the command that wrote this file, and those that it ran.
-        machine, versions: where and with what.
+        machine, versions: where and with what the arms were measured; several where they were measured on several.
         format: of this file.
     """
 
@@ -61,7 +63,7 @@ def conclude(claim: Claim, places: Places, *, hours: float, commands: tuple[str,
     Raises:
         DataError: results are missing, damaged or cannot be paired.
     """
-    size = places.size
+    size, files = places.size, _files(claim, places)
     measured = {name: _measured(claim, arm, places) for name, arm in claim.arms.items()}
     found = findings(claim, measured)
     return Row(
@@ -75,8 +77,8 @@ def conclude(claim: Claim, places: Places, *, hours: float, commands: tuple[str,
         hours=hours,
         command=command_line(),
         commands=commands,
-        machine=machine(),
-        versions=versions(),
+        machine=_each(file.machine for file in files),
+        versions={name: _each(file.versions[name] for file in files if name in file.versions) for name in _names(files)},
     )
 
 
@@ -92,6 +94,26 @@ def read(claim: Claim, places: Places) -> Row:
         DataError, ConfigError: see ``results.read_as``.
     """
     return read_as(Row, places.row(claim), FORMAT, places.command(claim))
+
+
+def _files(claim: Claim, places: Places) -> list[Results | AnswerResults]:
+    """The results of all trainings."""
+    found: list[Results | AnswerResults] = []
+    for training, answers in dict.fromkeys((arm.training, arm.compute is None) for arm in claim.arms.values()):
+        for seed in places.size.seeds:
+            folder = places.results(claim, training, seed)
+            found.append(vqa.read(folder / vqa.FILE) if answers else results.read(folder / RESULTS))
+    return found
+
+
+def _names(files: Sequence[Results | AnswerResults]) -> list[str]:
+    """Of all packages that any of them names."""
+    return list(dict.fromkeys(name for file in files for name in file.versions))
+
+
+def _each(values: Iterable[str]) -> str:
+    """All different values, in words."""
+    return " and ".join(dict.fromkeys(values))
 
 
 def _measured(claim: Claim, arm: TrialArm, places: Places) -> Measured:

@@ -26,7 +26,8 @@ class Merge:
         folder: the --out of all shards.
         checkpoint: folder or Hugging Face repository id; by default that of the first shard.
         workers: number of processes for the videos; by default that of the first shard.
-        device: where the networks run; by default that of the first shard.
+        device: where the networks run, such as another GPU than that of the first shard, which is the default; the kind of
+            device must be that of the shards.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]

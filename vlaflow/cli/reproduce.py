@@ -1,7 +1,8 @@
 """``vlaflow reproduce``: test a claim of one of the papers at the size of a laptop, by one command.
 
 Every step is a vlaflow command, printed before it runs. Finished ones are recorded in ``steps.json`` by their text without the
-number of workers, so the same command continues an interrupted test, and claims in one folder share recordings and trainings.
+number of workers and the folder of all tests, so the same command continues an interrupted test, also where that folder was
+moved to, and claims in one folder share recordings and trainings. What somebody has removed is made again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 STEPS = "steps.json"
 CONTINUED = ("train", "eval", "eval-vqa")
 """Commands that continue what was interrupted, unless they are told to start over."""
+RECORDINGS = ("record", "record-vqa")
+"""Commands that make the same again."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,17 @@ class Steps:
 
     def __init__(self, out: Path, workers: int, *, fresh: bool = False) -> None:
         require_makeable(out)
-        self._file, self._workers, self._fresh = out / STEPS, workers, fresh
+        self._out, self._file, self._workers, self._fresh = out, out / STEPS, workers, fresh
         self.seconds: dict[str, float] = {}
         if self._file.exists():
             found = read_object(self._file, DataError, "it is damaged. Delete it, or choose another --out.")
-            self.seconds = decode(dict[str, NotNegative], found, JsonSource(str(self._file), DataError), "seconds")
+            known = decode(dict[str, NotNegative], found, JsonSource(str(self._file), DataError), "seconds")
+            try:
+                self.seconds = {self._key(shlex.split(text)[1:]): seconds for text, seconds in known.items()}
+            except ValueError as error:
+                raise DataError(
+                    f"{self._file} holds what is no command ({error}); it is damaged. Delete it, or choose another --out."
+                ) from error
         elif out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and contains no test of claims. Choose another --out.")
         make_folder(out)
@@ -140,8 +150,7 @@ class Steps:
 
     def run(self, words: Sequence[str]) -> int | None:
         """Print a command and run it unless it was finished before; returns an exit status if it did not finish, else None."""
-        name = _text(words)
-        before = name in self.seconds
+        before = self._done(words)
         sys.stdout.write(f"\n$ {self.text(words)}{'   (done before)' if before else ''}\n")
         sys.stdout.flush()
         if before:
@@ -151,7 +160,7 @@ class Steps:
         began = time.monotonic()
         status = _run([*self._whole(words), *over])
         if status is None:
-            self.seconds[name] = time.monotonic() - began
+            self.seconds[self._key(words)] = time.monotonic() - began
             self._save()
         return status
 
@@ -161,7 +170,30 @@ class Steps:
 
     def hours(self, commands: Iterable[Sequence[str]]) -> float:
         """Time spent on these commands."""
-        return sum(self.seconds[_text(words)] for words in commands) / 3600
+        return sum(self.seconds[self._key(words)] for words in commands) / 3600
+
+    def _done(self, words: Sequence[str]) -> bool:
+        """Whether a command was finished and what it made is still there.
+
+        If a checkpoint is not, its calibrations and evaluations count no more; a recording is the same every time.
+        """
+        key, made = self._key(words), dict(pairwise(words)).get("--out")
+        if key not in self.seconds or made is None or Path(made).exists():
+            return key in self.seconds
+        stale = [key]
+        if words[0] not in RECORDINGS:
+            stale += [other for other in self.seconds if self._inside(made) in shlex.split(other)]
+        self.seconds = {name: seconds for name, seconds in self.seconds.items() if name not in stale}
+        self._save()
+        return False
+
+    def _key(self, words: Sequence[str]) -> str:
+        """What a command is recorded by."""
+        return _text([self._inside(word) for word in words])
+
+    def _inside(self, word: str) -> str:
+        """A path in the folder of all tests, relative to it; any other word as it is."""
+        return word.removeprefix(f"{self._out}/")
 
     def _whole(self, words: Sequence[str]) -> list[str]:
         from vlaflow.claims.plan import PARALLEL

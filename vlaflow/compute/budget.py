@@ -254,7 +254,7 @@ def within(checkpoint: Checkpoint, milliseconds: float, knobs: Knobs = DEFAULTS)
     """
     calibration, dtype = load(checkpoint), knobs.dtype
     if calibration is not None and calibration.here(knobs.device, knobs.threads, dtype):
-        exits, profile = dict(_exits(checkpoint, dtype)), None
+        exits, profile = dict(exits_of(checkpoint, dtype)), None
         if knobs.engine != "eager":
             profile, eager = _profile(checkpoint, knobs), _profile(checkpoint, replace(knobs, engine="eager"))
             calibration = replace(calibration, candidates=_converted(calibration.candidates, profile, eager))
@@ -263,14 +263,14 @@ def within(checkpoint: Checkpoint, milliseconds: float, knobs: Knobs = DEFAULTS)
         measured = knobs.as_measured()
         return choose_sampler(milliseconds, calibration, profile, exits, lambda name: parse(name, measured, checkpoint))
     profile = _profile(checkpoint, knobs)
-    ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, "Measure it: vlaflow calibrate CKPT --dataset DIR")
+    ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, _measure_loss(knobs))
     _require_weights(checkpoint, LADDER, ladder.checkpoint)
     if ladder.dtype != dtype:
         raise CalibrationError(
             f"{LADDER} in {checkpoint.folder} was measured in {ladder.dtype}, and this is {dtype}. Measure it: "
             f"vlaflow calibrate CKPT --dataset DIR --dtype {dtype}"
         )
-    return choose(milliseconds, profile, ladder, dict(_exits(checkpoint, dtype)))
+    return choose(milliseconds, profile, ladder, dict(exits_of(checkpoint, dtype)))
 
 
 def _converted(candidates: Sequence[Candidate], profile: Profile, eager: Profile) -> tuple[Candidate, ...]:
@@ -290,20 +290,41 @@ def _require_weights(checkpoint: Checkpoint, file: str, found: str) -> None:
 def _profile(checkpoint: Checkpoint, knobs: Knobs) -> Profile:
     """The profile of the checkpoint, measured here."""
     file = profile_file(knobs.engine)
-    profile = _read(checkpoint.folder / file, Profile, TIME)
+    profile = _read(checkpoint.folder / file, Profile, _measure_time(knobs))
     _require_weights(checkpoint, file, profile.checkpoint)
     for what, was, now in (("on", profile.machine, processor()), ("with engine", profile.engine, knobs.engine)):
         if was != now:
-            raise CalibrationError(f"{file} in {checkpoint.folder} was measured {what} {was}; this is {now}. {TIME}")
+            again = _measure_time(knobs)
+            raise CalibrationError(f"{file} in {checkpoint.folder} was measured {what} {was}; this is {now}. {again}")
     measured = (profile.device, profile.threads, profile.dtype)
     here = (device_name(knobs.device), knobs.threads, knobs.dtype)
     if measured != here:
         raise CalibrationError(
             f"{file} in {checkpoint.folder} was measured on {measured[0]} with {measured[1]} thread(s) in {measured[2]}; "
-            f"this is {here[0]} with {here[1]} in {here[2]}. {TIME} --device {knobs.device} --threads {knobs.threads} "
-            f"--dtype {knobs.dtype}"
+            f"this is {here[0]} with {here[1]} in {here[2]}. {_measure_time(knobs, everything=True)}"
         )
     return profile
+
+
+def _measure_time(knobs: Knobs, *, everything: bool = False) -> str:
+    """How to measure the profile that is missing: the command, with the options that are not its own defaults, or all."""
+    options = [("device", knobs.device, "cpu"), ("threads", knobs.threads, 1), ("dtype", knobs.dtype, "fp32")]
+    stated = [f" --{name} {value}" for name, value, usual in options if everything or value != usual]
+    compiler = knobs.engine.partition(" ")[0]
+    return TIME + "".join(stated) + (f" --engine {compiler}" if compiler.startswith("graphs") else "")
+
+
+def _measure_loss(knobs: Knobs) -> str:
+    """How to measure what fewer steps and layers lose: by the sampler's calibration, which every checkpoint can have.
+
+    It is made for one thread; for more, exits have a ladder.
+    """
+    stated = [
+        f" --{name} {value}"
+        for name, value, usual in (("device", knobs.device, "cpu"), ("dtype", knobs.dtype, "fp32"))
+        if value != usual
+    ]
+    return f"Measure it: vlaflow calibrate CKPT --dataset DIR{' --sampler' if knobs.threads == 1 else ''}{''.join(stated)}"
 
 
 def profile_file(engine: str) -> str:
@@ -317,10 +338,24 @@ def save(value: Any, file: Path) -> None:
     write_json(file, to_json(value))
 
 
-def _exits(checkpoint: Checkpoint, dtype: Dtype) -> Iterator[tuple[str, Calibration]]:
+def exits_of(checkpoint: Checkpoint, dtype: Dtype, *, damaged: bool = True) -> Iterator[tuple[str, Calibration]]:
+    """The calibrated early exits of a checkpoint by name, of these weights and this dtype.
+
+    Args:
+        checkpoint, dtype: what they must be made for.
+        damaged: whether to refuse those that cannot be read, instead of leaving them out.
+
+    Raises:
+        CalibrationError, ConfigError: for a damaged one.
+    """
     for file in sorted((checkpoint.folder / FOLDER).glob("*.json")):
         if file.name not in (LADDER, SAMPLER):
-            found = Calibration.load(file)
+            try:
+                found = Calibration.load(file)
+            except (CalibrationError, ConfigError):
+                if damaged:
+                    raise
+                continue
             if (found.checkpoint, found.dtype) == (checkpoint.fingerprint, dtype):
                 yield file.stem, found
 

@@ -6,6 +6,7 @@ measured is in ``evaluation.calibrate``; the mathematics in ``thresholds``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -18,7 +19,7 @@ from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.spelling import Checkpoint, ComputeKind, Spelling
 from vlaflow.compute.thresholds import Distribution
 from vlaflow.config import from_json, to_json
-from vlaflow.errors import CalibrationError, ConfigError, nearest
+from vlaflow.errors import CalibrationError, ConfigError, VlaflowError, nearest
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
 from vlaflow.ranges import AnyNumber, Count, NotNegative, Positive, Share
@@ -28,6 +29,7 @@ FOLDER = "calibration"
 COMMAND = "vlaflow calibrate CKPT --dataset DIR"
 AGAIN = f"Calibrate again: {COMMAND}"
 Made = TypeVar("Made")
+Calibrated = TypeVar("Calibrated", bound="Provenance")
 
 
 class Provenance(Protocol):
@@ -72,6 +74,45 @@ def require_made_for(
         raise CalibrationError(f"{where} was made on data set {made.dataset}, and this one is {dataset}. {again}")
     if dtype not in (None, made.dtype):
         raise CalibrationError(f"{where} was made in {made.dtype}, and this is {dtype}. {again} --dtype {dtype}")
+
+
+OTHERWISE = "Give the new one a --name of its own, or remove that file."
+
+
+def replaced(
+    file: Path, load: Callable[[Path], Calibrated], *, checkpoint: str, dataset: str, dtype: Dtype
+) -> Calibrated | None:
+    """The calibration that a new one would replace, if it is still of use: of the same weights, and readable.
+
+    Args:
+        file: to be written.
+        load: reads what is there.
+        checkpoint, dataset, dtype: what the new one is made for.
+
+    Raises:
+        CalibrationError: it is of another data set.
+    """
+    try:
+        before = load(file) if file.exists() else None
+    except VlaflowError:
+        return None
+    if before is None:
+        return None
+    require_made_for(before, f"{file}, which this would replace,", OTHERWISE, dataset=dataset)
+    return before if (before.checkpoint, before.dtype) == (checkpoint, dtype) else None
+
+
+def require_same(file: Path, was: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Refuse to replace a calibration by one with other settings, so that no name means something else from then on.
+
+    Raises:
+        CalibrationError: naming the first setting that differs.
+    """
+    for name, value in now.items():
+        if was.get(name) != value:
+            raise CalibrationError(
+                f"{file} was made with {name} {was.get(name)}, and this would replace it by one with {value}. {OTHERWISE}"
+            )
 
 
 def load_calibration(kind: type[Made], file: Path, command: str) -> Made:

@@ -100,6 +100,17 @@ class Dense(ComputePolicy):
         )
 
 
+def named_after(own: str, inner: ComputePolicy, sampling: Sampling) -> str:
+    """Name of a round that follows another compute policy: its own alone after a dense chunk of the same settings.
+
+    Args:
+        own: name of the round.
+        inner: what comes before it.
+        sampling: of the round.
+    """
+    return own if inner == Dense.by(sampling) else f"{own}({inner.name})"
+
+
 def spent(decoder: Decoder[Any], prefix: Prefix, depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
     """Layers run over the prefix (where it was run before the first step) and for the chunk, per observation."""
     return tuple(prefix.depth + count for count in solved(decoder, depth, nfe, tokens))

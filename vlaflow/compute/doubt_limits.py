@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlaflow.compute.thresholds import LEVELS
+from vlaflow.compute.thresholds import LEVELS, require_risk
 from vlaflow.errors import ConfigError
 
 EVERYTHING = -np.inf
@@ -64,8 +64,7 @@ def limit_for_risk(
     from scipy.stats import binom
 
     _require_scores(score_NL[counts_NL])
-    if not (0 < risk < 1 and 0 < error < 1):
-        raise ConfigError(f"risk and error are probabilities between 0 and 1, got {risk} and {error}.")
+    require_risk(risk, error)
     if not tuning_N.any() or tuning_N.all():
         raise ConfigError("Risk control tunes on some episodes and tests on others; take more episodes.")
     own_M, testing_N = np.sort(score_NL[tuning_N][counts_NL[tuning_N]]), ~tuning_N

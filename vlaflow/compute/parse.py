@@ -69,9 +69,26 @@ def parse(name: str, knobs: Knobs = DEFAULTS, checkpoint: Checkpoint | None = No
 
 
 def parse_all(names: Sequence[str], knobs: Knobs = DEFAULTS, checkpoint: Checkpoint | None = None) -> list[ComputePolicy]:
-    """Several, each once, in the order given."""
-    found = [parse(name, knobs, checkpoint) for name in names]
-    return list({compute.name: compute for compute in found}.values())
+    """Several, each once, in the order given.
+
+    Raises:
+        ConfigError: see ``parse``; or two differ and share a name, so that no table could tell them apart.
+    """
+    return list(distinct(names, knobs, checkpoint).values())
+
+
+def distinct(names: Sequence[str], knobs: Knobs = DEFAULTS, checkpoint: Checkpoint | None = None) -> dict[str, ComputePolicy]:
+    """``parse_all``, by what was typed first for each."""
+    found: dict[str, tuple[str, ComputePolicy]] = {}
+    for name in names:
+        compute = parse(name, knobs, checkpoint)
+        before, same = found.setdefault(compute.name, (name, compute))
+        if same != compute:
+            raise ConfigError(
+                f"'{before}' and '{name}' differ, and tables would name both {compute.name}. State the number of steps, as in "
+                "dense:2, or measure them one after the other."
+            )
+    return dict(found.values())
 
 
 def able(model: Model, knobs: Knobs = DEFAULTS) -> list[ComputePolicy]:

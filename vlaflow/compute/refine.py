@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, Stopwatch
-from vlaflow.compute.dense import Dense, solved
+from vlaflow.compute.dense import Dense, named_after, solved
 from vlaflow.compute.doubts import BelowThreshold, Doubt, Draft, require_spread
 from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.capability import Capability
@@ -85,8 +85,7 @@ class Refine(ComputePolicy):
         """For tables."""
         if self.alias:
             return self.alias
-        own = self.label or self.doubt.name
-        return own if self.inner.name == "dense" else f"{own}({self.inner.name})"
+        return named_after(self.label or self.doubt.name, self.inner, self.sampling)
 
     @property
     def needs(self) -> Requirements:

@@ -95,7 +95,9 @@ def _parse_spread(typed: Spelling) -> Refine:
     threshold = typed.knobs.threshold if options.limit is None else options.limit
     if options.draws is not None:
         return _parse(typed, Spread(threshold, spread_draws(options.draws)), options)
-    return _parse(typed, Spread(threshold), options, Consensus(inner=Dense.by(typed.sampling(options.sampling))))
+    sampling = typed.sampling(options.sampling)
+    draws = Dense.by(sampling, label=f"dense:{sampling}" if options.sampling else "dense")
+    return _parse(typed, Spread(threshold), options, Consensus(inner=draws))
 
 
 REFINE = ComputeKind(_parse_rated, example="refine")

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, Stopwatch
-from vlaflow.compute.dense import Dense
+from vlaflow.compute.dense import Dense, named_after
 from vlaflow.compute.doubts import Draft, Judged, TokenDoubt, require_spread
 from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Conditioning, Decoder, TokenConditioning, Tokens
@@ -64,7 +64,7 @@ class RefineTokens(ComputePolicy):
     @property
     def name(self) -> str:
         """For tables."""
-        return self.label if self.inner.name == "dense" else f"{self.label}({self.inner.name})"
+        return named_after(self.label, self.inner, self.sampling)
 
     @property
     def needs(self) -> Requirements:

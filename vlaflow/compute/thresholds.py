@@ -130,8 +130,7 @@ def risk_controlled(
     from scipy.stats import binom
 
     require_finite(discrepancy_NK)
-    if not (0 < risk < 1 and 0 < error < 1):
-        raise ConfigError(f"risk and error are probabilities between 0 and 1, got {risk} and {error}.")
+    require_risk(risk, error)
     if deviation_NK[:, -1].any():
         raise ConfigError("The full depth must not deviate from itself: the last column of the deviations is not 0.")
     testing_N = ~tuning_N
@@ -150,6 +149,18 @@ def risk_controlled(
             break
         best_K = threshold_K
     return best_K
+
+
+def require_risk(risk: float, error: float) -> None:
+    """Refuse a bound that nothing, or everything, keeps.
+
+    Raises:
+        ConfigError: for a probability of 0 or 1, or none at all.
+    """
+    if not (0 < risk < 1 and 0 < error < 1):
+        raise ConfigError(
+            f"risk and error are probabilities between 0 and 1, got {risk:g} and {error:g}; the risk is 1 − --confidence."
+        )
 
 
 def require_finite(discrepancy_NK: np.ndarray) -> None:

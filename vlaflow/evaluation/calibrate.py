@@ -9,6 +9,7 @@ Shape letters: N samples, K exits, B batch, L chunk size, D action dimension.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
@@ -21,26 +22,29 @@ from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import Stopwatch
-from vlaflow.compute.budget import LADDER, Ladder, Rung, save
-from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, RiskTarget, ShareTarget
+from vlaflow.compute.budget import LADDER, Ladder, Rung, exits_of, save
+from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, RiskTarget, ShareTarget, replaced, require_same
 from vlaflow.compute.distance import Metric, distance
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan, WarmStart
 from vlaflow.compute.sampler_choice import FILE as SAMPLER
+from vlaflow.compute.spelling import Checkpoint
 from vlaflow.compute.thresholds import (
     Distribution,
     ExitMeasurements,
     exit_shares,
     filtered_quantiles,
     require_finite,
+    require_risk,
     risk_controlled,
     taken,
 )
+from vlaflow.config import from_json
 from vlaflow.data.batch import Batch
 from vlaflow.data.frame_source import open_few_frames
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.windows import Windows
-from vlaflow.errors import CalibrationError, ConfigError
+from vlaflow.errors import CalibrationError, ConfigError, VlaflowError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype
@@ -101,6 +105,9 @@ class ByRisk:
     error: float = 0.05
     metric: Metric = "max_abs"
 
+    def __post_init__(self) -> None:
+        require_risk(self.risk, self.error)
+
     def choose(self, table: ExitMeasurements) -> tuple[np.ndarray, RiskTarget]:
         """See ``Target``."""
         own = table.choose_N
@@ -158,7 +165,8 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
     """Measure, choose thresholds, and write ``CKPT/calibration/NAME.json``.
 
     Raises:
-        VlaflowError: when checkpoint, data and plan do not fit together, or another data set's calibration has the name.
+        VlaflowError: when checkpoint, data and plan do not fit together, or a calibration of another data set or with other
+            settings has the name.
     """
     policy, mark = Policy.from_pretrained(checkpoint, device, dtype), fingerprint(checkpoint)
     data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint, dataset))
@@ -176,28 +184,33 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
     file = folder / f"{request.name}.json"
     if file.name in (LADDER, SAMPLER) or file.parent != folder:
         raise ConfigError(f"A calibration cannot be named '{request.name}'; choose another name.")
-    if file.exists():
-        Calibration.load(file).require(f"{file}, which this would replace,", dataset=data.fingerprint)
+    if before := replaced(file, Calibration.load, checkpoint=mark, dataset=data.fingerprint, dtype=dtype):
+        asked = {f"the target's {name}": value for name, value in vars(request.target).items()}
+        found = {name: getattr(before.target, name.removeprefix("the target's "), None) for name in asked}
+        require_same(file, vars(before.plan) | found, vars(plan) | asked)
     require_writable(file, file.with_suffix(".html"), cure="Make it writable, or calibrate a copy of the checkpoint.")
     episodes = data.numbers if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
     table = measure(policy, plan, frames, request.deviation)
     made = calibrate(policy, plan, frames, table, target=request.target, checkpoint=mark)
     made.save(file)
-    known = folder / LADDER
-    if request.ladder and not _measured(known, mark, policy, plan):
-        save(ladder(policy, frames, mark, {*LADDER_STEPS, plan.sampling.steps}), known)
+    if request.ladder:
+        _measure_ladder(policy, frames, Checkpoint(checkpoint, mark))
     return Calibrated(made, table, file)
 
 
-def _measured(file: Path, mark: str, policy: Policy, plan: ExitPlan) -> bool:
-    """Whether the file holds a measurement of this checkpoint in this dtype that includes the plan's number of steps."""
-    if not file.exists():
-        return False
-    found = read_json(file)
-    known = {rung["nfe"] for rung in found.get("rungs", ())}
-    same = (found.get("checkpoint"), found.get("dtype")) == (mark, policy.dtype)
-    return same and policy.model.decoder.nfe(Sampling(plan.sampling.steps)) in known
+def _measure_ladder(policy: Policy, frames: Sample, checkpoint: Checkpoint) -> None:
+    """Measure the ladder, unless there is one of this checkpoint in this dtype with the steps of all of its early exits."""
+    file = checkpoint.folder / FOLDER / LADDER
+    exits = exits_of(checkpoint, policy.dtype, damaged=False)
+    steps = {*LADDER_STEPS, *(made.plan.sampling.steps for _, made in exits)}
+    known: set[tuple[str, Dtype, int]] = set()
+    with suppress(VlaflowError):  # one that is not there, or cannot be read, is measured
+        found = from_json(Ladder, read_json(file), str(file))
+        known = {(found.checkpoint, found.dtype, rung.nfe) for rung in found.rungs}
+    wanted = {policy.model.decoder.nfe(Sampling(each)) for each in steps}
+    if not {(checkpoint.fingerprint, policy.dtype, nfe) for nfe in wanted} <= known:
+        save(ladder(policy, frames, checkpoint.fingerprint, steps), file)
 
 
 def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
@@ -295,9 +308,10 @@ def calibrate(
     fresh_N = ~table.choose_N
     exit_F = taken(table.discrepancy_NK[fresh_N], threshold_K)
     rows, exits = np.arange(len(exit_F)), len(plan.exits)
-    each = policy.model.decoder.nfe(plan.sampling)
-    depth_K = np.asarray(plan.exits)
-    spent_K = np.cumsum(np.asarray(plan.depths))[1:] * each + depth_K
+    decoder = policy.model.decoder
+    each, depth_K = decoder.nfe(plan.sampling), np.asarray(plan.exits)
+    answered = [depth * each + decoder.start_passes(depth) for depth in plan.depths]
+    spent_K = np.cumsum(answered)[1:] + depth_K
     error_FK = table.error_NK[fresh_N]
     effect = ExitEffect(
         samples=len(exit_F),

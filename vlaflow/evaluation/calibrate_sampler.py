@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vlaflow.compute.calibration import FOLDER
-from vlaflow.compute.parse import parse
+from vlaflow.compute.parse import distinct, parse
 from vlaflow.compute.sampler_choice import FAILURES, FILE, TOLERANCE, Candidate, SamplerCalibration, choose
 from vlaflow.config import JSON, to_json
 from vlaflow.data.lerobot import Dataset
@@ -131,8 +131,8 @@ def run(
     """
     policy, mark = Policy.from_pretrained(checkpoint, device, dtype), fingerprint(checkpoint)
     data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint, dataset))
-    names = list(request.computes) or candidates(policy.model)
-    computes = [parse(name) for name in names]
+    typed = distinct(request.computes or candidates(policy.model))
+    names, computes = list(typed), list(typed.values())
     for compute in computes:
         compute.needs.check(policy.model, compute.name)
     envs = tuple(expand_env_names(request.envs))

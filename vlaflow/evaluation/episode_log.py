@@ -81,7 +81,10 @@ def read_log(file: Path, kind: type[E]) -> Kept[E]:
         content = file.read_bytes()
     finally:
         os.close(place)
-    return _parsed(file, kind, content[: content.rfind(b"\n") + 1])
+    whole = content[: content.rfind(b"\n") + 1]
+    if not whole:  # begun, and killed before its first line
+        raise DataError(f"{file} ends before its first line does. Run the command that began it again, or remove it.")
+    return _parsed(file, kind, whole)
 
 
 def _require_log(file: Path, content: bytes) -> None:

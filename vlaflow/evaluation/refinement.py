@@ -17,6 +17,7 @@ import numpy as np
 
 from vlaflow.compute.auto import default_name
 from vlaflow.compute.base import ComputePolicy
+from vlaflow.compute.calibration import replaced, require_same
 from vlaflow.compute.doubt_calibration import (
     PLACE,
     DoubtName,
@@ -33,6 +34,7 @@ from vlaflow.compute.doubts import AtRandom, BelowThreshold, Spread
 from vlaflow.compute.parse import parse
 from vlaflow.compute.refine import Refine
 from vlaflow.compute.spelling import Checkpoint, Knobs
+from vlaflow.compute.thresholds import require_risk
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.errors import ConfigError
@@ -83,6 +85,9 @@ class ByKeptError:
     max_error: float
     risk: float = 0.1
     error: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_risk(self.risk, self.error)
 
     def limit(self, table: Drafts, score_NL: np.ndarray) -> tuple[float, RefineRisk]:
         """See ``RefineTarget``."""
@@ -143,7 +148,8 @@ def run(checkpoint: Path, dataset: Path, request: RefineRequest, device: str = "
     """Measure, choose the threshold, and write ``CKPT/calibration/refine/NAME.json``.
 
     Raises:
-        VlaflowError: checkpoint, data and request do not fit together, or another data set's calibration has the name.
+        VlaflowError: checkpoint, data and request do not fit together, or a calibration of another data set or with other
+            settings has the name.
     """
     policy, mark = Policy.from_pretrained(checkpoint, device, dtype), fingerprint(checkpoint)
     data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint, dataset))
@@ -154,8 +160,6 @@ def run(checkpoint: Path, dataset: Path, request: RefineRequest, device: str = "
     file = checkpoint / PLACE / f"{request.name}.json"
     if file.parent != checkpoint / PLACE:
         raise ConfigError(f"A calibration cannot be named '{request.name}'; choose another name.")
-    if file.exists():
-        RefineCalibration.load(file).require(f"{file}, which this would replace,", dataset=data.fingerprint)
     require_writable(file, file.with_suffix(".html"), cure="Make it writable, or calibrate a copy of the checkpoint.")
     knobs = Knobs(device=device, dtype=dtype)
     first = parse(request.first or default_name(checkpoint), knobs, Checkpoint(checkpoint, mark))
@@ -163,6 +167,17 @@ def run(checkpoint: Path, dataset: Path, request: RefineRequest, device: str = "
     steps = request.n_action_steps or policy.n_action_steps
     refine = Refine(doubt, second_round(request.sampling, first), first, request.clock, steps)
     refine.needs.check(policy.model, "calibration")
+    if before := replaced(file, RefineCalibration.load, checkpoint=mark, dataset=data.fingerprint, dtype=dtype):
+        draws = request.draws if request.doubt == SPREAD else 0
+        asked = {
+            "doubt": request.doubt,
+            "draws": draws,
+            "first": first.name,
+            "sampling": refine.sampling,
+            "clock": refine.clock,
+        }
+        asked |= {"n_action_steps": steps, **vars(request.target)}
+        require_same(file, vars(before.target) | vars(before), asked)
     episodes = data.numbers if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
     doubts = {RATER: BelowThreshold(), SPREAD: Spread(0.0, spread_draws(request.draws)), RANDOM: AtRandom()}
@@ -226,7 +241,7 @@ def rivals(work: Workbench, drafts: Drafts, refine: Refine, limit: float, doubt:
     yield regenerated("all actions", counts_NL, refine)
     samplings = [refine.sampling, *(replace(refine.sampling, steps=steps, grid=None) for steps in STEPS)]
     for sampling in dict.fromkeys(samplings):
-        for clock in CLOCKS:
+        for clock in dict.fromkeys((refine.clock, *CLOCKS)):
             yield regenerated(calibrated, chosen_NL, replace(refine, sampling=sampling, clock=clock))
     for how in ("mean", "medoid"):
         own = [compute for compute in few if compute.name.startswith(how)]  # the fewest draws first

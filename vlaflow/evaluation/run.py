@@ -14,6 +14,7 @@ from pathlib import Path
 from vlaflow.compute.spelling import Knobs
 from vlaflow.config import from_json, to_json
 from vlaflow.engine.deploy import Engine
+from vlaflow.errors import CheckpointError
 from vlaflow.evaluation.config import EvaluationConfig
 from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.prepared import prepare, require_place
@@ -180,7 +181,16 @@ def merge(
     config = replace(config, workers=config.workers if workers is None else workers)
     if device is not None:
         config = config.on(device)
-    work = prepare(shards.about["checkpoint"] if checkpoint is None else checkpoint, config)
+    where = shards.about["checkpoint"] if checkpoint is None else checkpoint
+    try:
+        work = prepare(where, config)
+    except CheckpointError as error:
+        if checkpoint is not None:
+            raise
+        raise CheckpointError(
+            f"The shards in {folder} were played with {where}, which cannot be opened here. If it lies elsewhere: "
+            f"vlaflow merge {folder} --checkpoint DIR ({error})"
+        ) from error
     settings = json.loads(json.dumps(work.settings))
     require_same(shards.settings, settings, str(shards.files[0]), "this machine would play it")
     played = shards.episodes(work.blocks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vlaflow.evaluation.groups import GroupMean, GroupRate
@@ -226,8 +227,8 @@ def steps_table(results: Results) -> Table:
     early = list(dict.fromkeys(w.protocol for e in results.evaluations for w in earlier(e)))
     rows = []
     for e in results.evaluations:
-        known = sorted(step for step in e.first_success_steps if step is not None)
-        three = (known[len(known) // 2], known[0], known[-1]) if known else ("–", "–", "–")
+        known = [step for step in e.first_success_steps if step is not None]
+        three = (f"{median(known):g}", min(known), max(known)) if known else ("–", "–", "–")
         counts = {w.protocol: f"{w.successes}/{e.episodes} by step {w.max_steps}" for w in e.within}
         within = [counts.get(protocol, "–") for protocol in early]
         chunks = sum(p.chunks for p in e.per_episode) / e.episodes

@@ -60,7 +60,7 @@ def write_page(made: SamplerCalibration, file: Path) -> Path:
 
 def words(made: SamplerCalibration) -> str:
     """The choice in a few sentences."""
-    chosen, shown = made.chosen, [each for each in made.candidates if not each.reason]
+    chosen, shown = made.chosen, [each for each in made.candidates if not _remark(made, each)]
     best = min(shown, key=lambda each: (each.score, each.layer_passes))
     measured = f"{made.seeds} seeds each of {', '.join(made.envs)}" if made.envs else f"{made.frames} held-out frames"
     lines = [
@@ -80,7 +80,7 @@ def candidates(made: SamplerCalibration) -> Table:
     for each in sorted(made.candidates, key=lambda each: (bool(each.reason), each.score, each.p50)):
         behind = f"{each.behind:.4g} ± {each.standard_error:.2g}"
         values = [f"{each.measures[name]:.4g}" if name in each.measures else "" for name in measures]
-        remark = each.reason or ("chosen" if each.compute == made.choice else "")
+        remark = _remark(made, each) or ("chosen" if each.compute == made.choice else "")
         rows.append((each.compute, f"{each.p50:.1f}", f"{each.p99:.1f}", _score(made, each), behind, *values, remark))
     return Table(head, rows, dense=True)
 
@@ -124,7 +124,13 @@ def _moved(made: SamplerCalibration, each: Candidate, sign: int) -> float:
 
 def _near(made: SamplerCalibration) -> str:
     within = f" or {100 * expm1(made.tolerance):.0f} % of the score" if made.tolerance else ""
-    return f"within one standard error{within} of the best"
+    return f"within one standard error{within} of the best" + (" that fits the budget" if made.budget_ms is not None else "")
+
+
+def _remark(made: SamplerCalibration, each: Candidate) -> str:
+    """Why a candidate could not be chosen; empty if it could."""
+    slow = made.budget_ms is not None and each.p99 > made.budget_ms
+    return each.reason or (f"slower than {made.budget_ms:g} ms at p99" if slow else "")
 
 
 def _criterion(made: SamplerCalibration) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from statistics import median
 
 from vlaflow.evaluation.results import Evaluation, PairedTest, Results
 
@@ -12,8 +13,8 @@ NOTABLE = 0.05
 
 
 def short(env: str) -> str:
-    """The task without its suite and version."""
-    return re.sub(r"-v\d+$", "", env.partition("/")[2])
+    """The task without its suite and version; "all" stays."""
+    return re.sub(r"-v\d+$", "", env.partition("/")[2] or env)
 
 
 def step_limits(evaluations: Sequence[Evaluation]) -> str:
@@ -41,20 +42,23 @@ def rate(successes: int, n: int) -> str:
 
 def middle(steps: tuple[int | None, ...]) -> str:
     """The median number of steps over the successes."""
-    known = sorted(step for step in steps if step is not None)
-    return f"{known[len(known) // 2]}" if known else "none"
+    known = [step for step in steps if step is not None]
+    return f"{median(known):g}" if known else "none"
 
 
 def played(results: Results) -> str:
     """Number of episodes per environment and compute policy, and their seeds."""
     first = results.evaluations[0]
-    return f"{first.episodes} episodes each, {seed_span(first.seeds, first.noise_seeds)}"
+    episodes = f"{first.episodes} episode{'s' if first.episodes > 1 else ''}"
+    return f"{episodes} each, {seed_span(first.seeds, first.noise_seeds)}"
 
 
 def seed_span(seeds: Sequence[int], noise_seeds: Sequence[int]) -> str:
     """The environment seeds, and how often each was played."""
-    repetitions = len(set(noise_seeds))
-    return f"seeds {min(seeds)} to {max(seeds)}" + (f", {repetitions} noise seeds each" if repetitions > 1 else "")
+    repetitions, one = len(set(noise_seeds)), min(seeds) == max(seeds)
+    return (f"seed {seeds[0]}" if one else f"seeds {min(seeds)} to {max(seeds)}") + (
+        f", {repetitions} noise seeds each" if repetitions > 1 else ""
+    )
 
 
 def too_few(results: Results) -> list[str]:
@@ -78,7 +82,8 @@ def _too_few(tests: list[PairedTest], where: str) -> list[str]:
     low, high = (f"{100 * side(t.detectable for t in open_tests):.0f}" for side in (min, max))
     limit = low if low == high else f"{low} to {high}"
     place = f" {where}" if where else ""
-    sentence = f"With {pairs} pairs{place}{worth}, differences below about {limit} points cannot be told from chance"
+    number = f"{pairs} pair{'s' if pairs > 1 else ''}"
+    sentence = f"With {number}{place}{worth}, differences below about {limit} points cannot be told from chance"
     if largest.episodes_needed is None:
         return [f"{sentence}."]
     which = f"{largest.second} against {largest.first}" + ("" if largest.env == "all" else f", {short(largest.env)}")
