@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 from vlaflow.compute.parse import parse_all
+from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation.calibrate import held_out, sample
@@ -29,6 +30,7 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.ranges import Count
 from vlaflow.simulators.base import parse_env_name, simulator_spec
+from vlaflow.text import shortened
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,16 @@ class Options:
     draws: Count = 2
 
 
+SETTINGS = ("seeds", "noise_seeds", "n_action_steps", "max_steps", "render", "solver_steps")
+"""In which evaluations of an environment must agree for their successes to be ranked."""
+
+
 def evaluations(folders: Sequence[Path], mark: str) -> dict[str, list[Evaluation]]:
     """The evaluations by environment, of the compute policies that every environment has.
 
     Raises:
-        ConfigError: an evaluation of another checkpoint, or fewer than three compute policies to rank.
+        ConfigError: an evaluation of another checkpoint, evaluations of an environment with different seeds or settings, or
+            fewer than three compute policies to rank.
     """
     found: dict[str, dict[str, Evaluation]] = {}
     for folder in folders:
@@ -62,6 +69,13 @@ def evaluations(folders: Sequence[Path], mark: str) -> dict[str, list[Evaluation
         if results.fingerprint != mark:
             raise ConfigError(f"{folder} evaluates another checkpoint. Leave it out, or name the checkpoint that it evaluates.")
         for each in results.evaluations:
+            for name in SETTINGS:
+                was = getattr(next(iter(found.get(each.env, {}).values()), each), name)
+                if was != (now := getattr(each, name)):
+                    raise ConfigError(
+                        f"{folder} evaluates {each.env} with {name} {shortened(str(now))}, a folder before it with "
+                        f"{shortened(str(was))}, so their successes cannot be ranked. Leave one of them out."
+                    )
             found.setdefault(each.env, {})[each.compute] = each
     shared = [name for name in next(iter(found.values()), {}) if all(name in of for of in found.values())]
     if len(shared) < 3:
@@ -115,7 +129,8 @@ class Ranking:
 def main(options: Options) -> None:
     """Print the table."""
     policy, dataset = Policy.from_pretrained(options.checkpoint), Dataset.open(options.dataset)
-    known = evaluations(options.results, fingerprint(options.checkpoint))
+    mark = fingerprint(options.checkpoint)
+    known = evaluations(options.results, mark)
     held = held_out(options.checkpoint, dataset)
     success_EC = np.array([[each.successes for each in group] for group in known.values()])
     rows_EC = []
@@ -123,8 +138,10 @@ def main(options: Options) -> None:
         suite, task = parse_env_name(env)
         own = [e for e in held if dataset.episode(e).task == simulator_spec(suite).tasks[task]]
         frames = sample(policy, dataset, own, options.frames)
-        computes = parse_all([each.compute for each in group])
-        measured, _ = measure(policy, computes, frames, n_action_steps=policy.n_action_steps, draws=options.draws)
+        computes = parse_all(
+            [each.compute for each in group], Knobs(group[0].solver_steps), Checkpoint(options.checkpoint, mark)
+        )
+        measured, _ = measure(policy, computes, frames, n_action_steps=group[0].n_action_steps, draws=options.draws)
         rows_EC.append([means(each) for each in measured])
     shared = [name for name in (*MEASURES, GEOMETRIC) if all(name in row for row_C in rows_EC for row in row_C)]
     rankings = {name: Ranking.of(np.array([[row[name] for row in row_C] for row_C in rows_EC]), success_EC) for name in shared}

@@ -9,13 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.evaluation.conftest import ENV, make_policy
+from tests.evaluation.conftest import CONFIG, ENV, make_policy
 from vlaflow.cli.main import main
 from vlaflow.compute.parse import able
 from vlaflow.errors import DataError
 from vlaflow.evaluation import results
 from vlaflow.evaluation.check_policy import check_policy
+from vlaflow.evaluation.prepared import prepare
 from vlaflow.policies.base import Policy
+from vlaflow.policies.seeds import recorded
+from vlaflow.simulators.record import RecordConfig, episode_seed
 
 
 @pytest.mark.usefixtures("few_timed")
@@ -80,6 +83,16 @@ def test_mistakes_are_one_sentence(checkpoint, capsys, tmp_path, words, answer):
     said = capsys.readouterr().err
     assert answer in said
     assert said.count("\n") == 1
+
+
+def test_seeds_of_recordings_are_noticed(checkpoint, capsys):
+    """An episode of the training says little about success, and no number of episodes may lead there in silence."""
+    for seed, episodes, said in ((1000, 9000, False), (1000, 9001, True), (2_010_003, 1, True), (500_040, 2, False)):
+        prepare(checkpoint, replace(CONFIG, first_seed=seed, episodes=episodes))
+        assert ("Recordings use seeds from 10 000 on" in capsys.readouterr().err) == said
+    for run in (0, 3):
+        for attempt in (0, RecordConfig((ENV,), 1).attempts - 1):
+            assert recorded(episode_seed(run, 7, attempt), 1)
 
 
 def test_a_missing_checkpoint_is_one_sentence(capsys):

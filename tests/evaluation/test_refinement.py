@@ -218,6 +218,8 @@ def test_what_cannot_be_calibrated_is_one_sentence(calibrated, bare_checkpoint, 
     assert "Give either --share or --max-deviation" in refused(calibrated, "--refine", "--share", "1", "--max-deviation", "1")
     assert "begins with a letter" in refused(calibrated, "--refine", "--name", "2x")
     monkeypatch.setattr(refinement.Workbench, "drafts", None)
+    twice = ("--refine", "--name", "twice", "--compute", "refine-random:2+dense:5")
+    assert "begins with a sampler, as in --compute dense:2 or mean:4" in refused(calibrated, *twice)
     again = ("--refine", "--name", "share-0.5", "--compute", "dense:2", "--sampling", "1", "--share", "0.5", "--clock")
     assert "made with clock 0.75, and this would replace it by one with 0.5" in refused(calibrated, *again, "0.5")
     again = (*again[:-2], "0.25", "--clock", "0.75")

@@ -27,7 +27,7 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.engines import for_budgets
 from vlaflow.policies.provenance import fingerprint
-from vlaflow.policies.seeds import chunk_generator
+from vlaflow.policies.seeds import chunk_generator, recorded
 from vlaflow.progress import progress
 from vlaflow.simulators.base import expand_env_names, rendering_versions
 from vlaflow.versions import command_line, machine, processor, versions
@@ -162,6 +162,11 @@ def prepare(checkpoint: Path | str, config: EvaluationConfig) -> PreparedEvaluat
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
     if note := unlike_training(folder, envs, rollout.render):
         sys.stderr.write(f"Note: {note}\n")
+    if recorded(config.first_seed, config.episodes):
+        sys.stderr.write(
+            "Note: Recordings use seeds from 10 000 on. Where scenes are drawn from the seed, as in Meta-World, the checkpoint "
+            "may have learned from these episodes; to be sure, evaluate seeds below.\n"
+        )
     jobs = plan(envs, computes, config.episodes, config.first_seed, config.noise_seeds)
     swap = None
     if config.language_episodes:

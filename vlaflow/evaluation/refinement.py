@@ -9,6 +9,7 @@ Shape letters: N frames, L chunk size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -162,7 +163,7 @@ def run(checkpoint: Path, dataset: Path, request: RefineRequest, device: str = "
         raise ConfigError(f"A calibration cannot be named '{request.name}'; choose another name.")
     require_writable(file, file.with_suffix(".html"), cure="Make it writable, or calibrate a copy of the checkpoint.")
     knobs = Knobs(device=device, dtype=dtype)
-    first = parse(request.first or default_name(checkpoint), knobs, Checkpoint(checkpoint, mark))
+    first = _first_round(request.first or default_name(checkpoint), knobs, Checkpoint(checkpoint, mark))
     doubt = doubt_of(request.doubt, 0.0, request.draws)
     steps = request.n_action_steps or policy.n_action_steps
     refine = Refine(doubt, second_round(request.sampling, first), first, request.clock, steps)
@@ -207,6 +208,15 @@ def run(checkpoint: Path, dataset: Path, request: RefineRequest, device: str = "
     )
     made.save(file)
     return Refined(made, drafts, file)
+
+
+def _first_round(typed: str, knobs: Knobs, checkpoint: Checkpoint) -> ComputePolicy:
+    """The compute policy; a calibration names it, so it must be what its name says."""
+    first = parse(typed, knobs, checkpoint)
+    with suppress(ConfigError):
+        if parse(first.name, knobs, checkpoint) == first:
+            return first
+    raise ConfigError(f"A calibrated refinement begins with a sampler, as in --compute dense:2 or mean:4, not with '{typed}'.")
 
 
 def second_round(asked: Sampling | None, first: ComputePolicy) -> Sampling:

@@ -9,6 +9,15 @@ FIRST_SEED = 1000
 """Seed of the first episode of an evaluation."""
 
 
+def recorded(first: int, count: int) -> bool:
+    """Whether recordings use some of the environment seeds ``first`` … ``first + count - 1``.
+
+    ``vlaflow record`` takes 10 000 + 1 000 000·run + 10 000·attempt + episode, and the calibration of a sampler those from
+    500 000 on.
+    """
+    return any(10_000 <= seed % 1_000_000 < 500_000 for seed in range(first, first + count))
+
+
 def chunk_generator(seed: int, chunk: int, noise_seed: int = 0) -> Generator:
     """The noise generator of chunk number ``chunk`` in the episode of ``seed`` and ``noise_seed``."""
     return Generator().manual_seed(chunk_seed(seed, chunk, noise_seed))
