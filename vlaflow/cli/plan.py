@@ -70,8 +70,9 @@ def main(argv: list[str]) -> int:
     machine, console = Machine(given.gpus, given.memory, given.tflops), Console()
     fits = True
     overrides = dict(pair(text) for text in given.set)
-    seconds = given.chunk_seconds
-    for stage in stages(recipe, data, given_data, checkpoint=given.policy, overrides=overrides, chunk_seconds=seconds):
+    if given.chunk_seconds is not None:
+        overrides["chunk_s"] = str(given.chunk_seconds)
+    for stage in stages(recipe, data, given_data, checkpoint=given.policy, overrides=overrides):
         found = estimate(stage.config, machine, stage.data, stage.policy)
         fits = fits and found.fitting() is not None
         console.print(shown(stage.recipe.name, found, given.hours))
