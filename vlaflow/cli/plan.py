@@ -76,8 +76,9 @@ def main(argv: list[str]) -> int:
         found = estimate(stage.config, machine, stage.data, stage.policy)
         fits = fits and found.fitting() is not None
         console.print(shown(stage.recipe.name, found, given.hours))
-        for entry in given_data:
-            console.print(f"To decode the frames beforehand: {cache_command(entry.root, stage.config)}", soft_wrap=True)
+        for entry in given_data if stage.config.frames != "stream" else ():
+            command = cache_command(entry.root, stage.config) + (entry.reading.options if entry.reading else "")
+            console.print(f"To decode the frames beforehand: {command}", soft_wrap=True)
     return 0 if fits else 1
 
 

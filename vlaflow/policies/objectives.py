@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vlaflow.actions.io import named_tokenizer
+from vlaflow.actions.io import named_tokenizer, require_normalisation
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.nsvq import Replacement
 from vlaflow.backbones.base import InputSize
@@ -228,7 +228,8 @@ class PolicyObjective(Objective):
         """The assembly with the given tokenizer, or one fitted on the training episodes where its decoder needs one."""
         decoder, mode = self.policy.decoder, self.policy.action_normalisation
         if file is not None:
-            decoder = decoder.with_tokenizer(named_tokenizer(file, mode))
+            decoder = decoder.with_tokenizer(named_tokenizer(file))
+            require_normalisation(file, mode)  # afterwards: no other normalisation gives a decoder without tokens a use for it
         if decoder.unfitted:
             decoder = decoder.fitted(normalised_chunks(self.policy, config, datasets, robots))
         return replace(self.policy, decoder=decoder)
