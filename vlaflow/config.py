@@ -227,9 +227,23 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
             continue
         if not dataclasses.is_dataclass(current):
             what = "is not set in this recipe" if current is None else f"is {current!r}, not a group of keys"
-            raise ConfigError(f"'{path}{name}' {what}, so '{path}{name}.{next(iter(inner))}' in {where} cannot be set.")
+            cure = f" Set it as well: --set '{path}{name}={{}}'" if current is None and _has_defaults(hints[name]) else ""
+            raise ConfigError(f"'{path}{name}' {what}, so '{path}{name}.{next(iter(inner))}' in {where} cannot be set.{cure}")
         values[name] = _override(current, inner, where, path if name in inlined else f"{path}{name}.")
     return dataclasses.replace(config, **values)
+
+
+def _has_defaults(annotation: Any) -> bool:
+    """Whether ``{}`` is a value of the field: one kind of dataclass, whose fields all have defaults."""
+    classes = _dataclasses_in(annotation)
+    return (
+        len(classes) == 1
+        and not _is_open(classes[0])
+        and all(
+            f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+            for f in dataclasses.fields(classes[0])
+        )
+    )
 
 
 def _group_in(annotation: Any) -> Any:

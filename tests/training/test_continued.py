@@ -8,7 +8,7 @@ import pytest
 from tests.training.small import tiny_config, tiny_policy
 from tests.training.two_robots import write_twin
 from vlaflow.data.lerobot import Dataset
-from vlaflow.errors import SpecError
+from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.mixing import known_robots
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import Base, OpenedDataset
@@ -86,3 +86,19 @@ def test_the_record_of_a_later_stage_names_the_robot(quadruplets, twins, tmp_pat
     run.train("asyncvla.finetune", str(twins / "hij"), tmp_path / "further", policy=quadruplets, options=options)
     state = json.loads((tmp_path / "further/training/step-000001/state.json").read_text())
     assert [member["robot"] for member in state["run"]["mixture"]] == ["hij"]
+
+
+@pytest.mark.parametrize("size", ["2", "6"])
+def test_chunks_keep_their_length(twins, quadruplets, tmp_path, size):
+    alone = trained(config_of(("front",), 3), str(twins / "xyz"), tmp_path / "alone")
+    options = Options({"steps": "1", "policy.decoder.chunk_size": size}, "none")
+    for policy in (alone, quadruplets):
+        with pytest.raises(ConfigError, match=f"chunks of {size} actions, but .* was trained with 4, .*keep their length"):
+            run.train("asyncvla.finetune", str(twins / "xyz"), tmp_path / "other", policy=policy, options=options)
+
+
+def test_a_rater_refuses_another_normalisation_as_a_later_stage_does(quadruplets, twins, tmp_path):
+    options = Options({"steps": "1", "normalisation.xyz.action_normalisation": "identity"}, "none")
+    for recipe in ("asyncvla.rater", "asyncvla.finetune"):
+        with pytest.raises(ConfigError, match="keeps how its robots are normalised; leave normalisation out"):
+            run.train(recipe, str(twins / "xyz"), tmp_path / "other", policy=quadruplets, options=options)

@@ -8,16 +8,17 @@ import sys
 
 import pytest
 
+from tests.data.cases.build import renamed
 from tests.training import flybot
 from tests.training.flybot import STAGES, break_down, folder_of, same
-from tests.training.small import write_questions
+from tests.training.small import write_dataset, write_questions
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.cli import train as command
 from vlaflow.compute.dense import Dense
 from vlaflow.errors import CapabilityError, ConfigError, VlaflowError
 from vlaflow.evaluation.check_policy import fake_observations
 from vlaflow.policies.base import Policy
-from vlaflow.policies.provenance import newest_state
+from vlaflow.policies.provenance import newest_state, run_of
 from vlaflow.training.metrics_log import read_log
 
 
@@ -142,6 +143,22 @@ def test_a_stage_may_name_no_codes(dataset, tmp_path):
         (["--set", "fine.stpes=5"], "Unknown key 'stpes' in --set; did you mean 'steps'"),
         (["--set", "fine.policy.decoder.fsat=none"], "did you mean 'fast'"),
         (["--set", "latent.model.book=16"], r"8 codes of a book of 16, .*--set joint\.policy\.decoder\.latent\.codes=8"),
+        (["--hold-out-task", "push the pucl"], "no episode of the task 'push the pucl'.*did you mean 'push the puck'"),
+        (["--set", 'fine.hold_out_tasks=["push the pucl"]'], "no episode of the task 'push the pucl'"),
+        (["--set", "fine.chunk_s=0.5"], r"fine\.chunk_s=0\.5 has no effect\. .*all stages: --chunk-seconds 0\.5"),
+        (["--set", "latent.chunk_s=0.5"], "has no chunks.*leave out --chunk-seconds"),
+        (
+            ["--set", "fine.policy.action_normalisation=identity"],
+            r"fine\.policy\.action_normalisation is 'identity', but the policy of the stage before was trained with",
+        ),
+        (
+            flybot.sets(("fine.policy.decoder.flow.chunk_size=8", "fine.policy.decoder.fast=none")),
+            "makes chunks of 8 actions, but the policy of the stage before was trained with 16",
+        ),
+        (
+            ["--set", "fine.normalisation.dataset.action_clip=1"],
+            "The policy of the stage before keeps how its robots are normalised",
+        ),
         (["--latent", "runs/latent"], "trains a latent action model of its own; leave --latent out"),
         (["--policy", "runs/policy"], "starts from scratch; leave --policy out"),
     ],
@@ -150,6 +167,42 @@ def test_mistakes_are_answered_before_anything_is_trained(dataset, tmp_path, mor
     with pytest.raises(VlaflowError, match=message):
         command.main(flybot.demo(dataset, tmp_path / "p", *more))
     assert not (tmp_path / "p").exists()
+
+
+def test_data_sets_that_cannot_be_mixed_are_refused_before_anything_is_trained(dataset, tmp_path):
+    other = write_dataset(tmp_path / "other")
+    for more, message in (
+        ([f"{other}:0.5"], "has no weight, but others have"),
+        ([str(other), "--mixture", "all"], "no mixture"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            command.main(flybot.demo(dataset, tmp_path / "p", "--dataset", *more))
+    assert not (tmp_path / "p").exists()
+
+
+def test_what_is_said_of_the_data_holds_for_all_stages(dataset, tmp_path):
+    """The task is new to every stage, and only policies have chunks."""
+    said = ["--hold-out-task", "push the puck", "--frames", "jpeg", "--chunk-seconds", "0.5", "--set", "seed=3"]
+    assert command.main(flybot.demo(dataset, tmp_path / "p", *said, "--set", "latent.seed=4")) == 0
+    configs = [run_of(folder_of(tmp_path / "p", stage))["config"] for stage in STAGES]
+    assert [config["hold_out_tasks"] for config in configs] == [["push the puck"]] * 3
+    assert [config["frames"] for config in configs] == ["jpeg"] * 3
+    assert [config["chunk_s"] for config in configs] == [None, 0.5, 0.5]
+    assert [config["seed"] for config in configs] == [4, 3, 3]
+    assert Policy.from_pretrained(tmp_path / "p").chunk_size == 5
+
+
+def test_a_pipeline_that_is_continued_reads_its_data_as_it_began(dataset, tmp_path, cut):
+    """Also in the stages that had not begun."""
+    shutil.copytree(dataset, tmp_path / "theirs")
+    renamed(tmp_path / "theirs", action="actions")
+    cut("iflybot.latent", 3, break_down)
+    given = flybot.demo(tmp_path / "theirs", tmp_path / "p")
+    with pytest.raises(RuntimeError, match="cut"):
+        command.main([*given, "--key", "action=actions", "--view", "top=front"])
+    cut(None, None, break_down)
+    assert command.main(given) == 0
+    assert list(Policy.from_pretrained(tmp_path / "p").views) == ["top"]
 
 
 def test_a_folder_of_another_recipe_is_refused_before_anything_is_trained(dataset, joint, tmp_path):

@@ -59,7 +59,9 @@ def test_nested_groups_are_given_as_json():
         ("optim.learning_rate", "fast", "must be a number"),
         ("optim.schedule", "cosin", "did you mean 'cosine'"),
         ("steps.more", "1", "is 6, not a group"),
-        ("policy.rater.depth", "1", "'policy.rater' is not set in this recipe"),
+        ("policy.rater.depth", "1", r"'policy.rater' is not set in this recipe.* cannot be set\.$"),
+        ("lora.rank", "8", r"'lora' is not set in this recipe, .* Set it as well: --set 'lora=\{\}'$"),
+        ("state_mask.what", "whole", r"'state_mask' is not set in this recipe.* cannot be set\.$"),
         ("policee.n_action_steps", "1", "did you mean 'policy'"),
         ("policy.n_action_stpes", "1", "did you mean 'n_action_steps'"),
         ("objective.policy.n_action_steps", "1", "Unknown key 'objective'"),
@@ -79,3 +81,8 @@ def test_nested_groups_are_given_as_json():
 def test_a_wrong_key_or_value_is_one_sentence(key, text, message):
     with pytest.raises(ConfigError, match=message):
         override(tiny_config(), {key: text})
+
+
+def test_what_is_not_set_can_be_set_with_the_option_that_the_error_names():
+    config = override(tiny_config(), {"stop.patience": "2", "stop": "{}", "lora": "{}", "lora.rank": "8"})
+    assert (config.stop.patience, config.lora.rank) == (2, 8)

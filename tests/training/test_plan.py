@@ -251,6 +251,15 @@ def test_seconds_of_a_chunk_change_no_policy_that_is_continued(estimated, tmp_pa
     assert len(estimated) == 1
 
 
+def test_the_command_for_the_cache_reads_the_data_as_training_does(estimated, tmp_path, capsys):
+    """And where training streams, there is none."""
+    given = ["plan", "baselines.flow", "--gpus", "1", "--dataset", str(write_dataset(tmp_path / "dataset"))]
+    main([*given, "--view", "top=front"])
+    assert f"vlaflow data cache {tmp_path / 'dataset'} --size 96 --view top=front" in capsys.readouterr().out
+    main([*given, "--set", "frames=stream"])
+    assert "data cache" not in capsys.readouterr().out
+
+
 def test_epochs_are_of_the_episodes_that_are_learned_from(estimated, tmp_path, capsys):
     """Of six episodes of 9 to 14 frames, those of each task in turns."""
     dataset = str(write_dataset(tmp_path / "dataset"))

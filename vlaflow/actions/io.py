@@ -57,19 +57,36 @@ def load_tokenizer(file: Path, normalisation: str) -> Tokenizer:
         ConfigError: a missing or damaged file, or a tokenizer for another normalisation.
     """
     found = open_tokenizer(file)
-    if found.normalisation != normalisation:
-        raise ConfigError(
-            f"{file} was fitted on actions normalised by '{found.normalisation}', but this policy uses '{normalisation}'. "
-            f"Fit it again: vlaflow data fit-tokenizer --normalisation {normalisation}"
-        )
+    _require(found, file, normalisation)
     return found.tokenizer
 
 
-def named_tokenizer(name: Path | str, normalisation: str) -> TokenizerConfig:
+def named_tokenizer(name: Path | str) -> TokenizerConfig:
     """What ``--tokenizer`` names: a file of ours (.json), or the folder or Hub name of a published FAST tokenizer.
 
     Raises:
-        ConfigError: see ``load_tokenizer``.
+        ConfigError: a missing or damaged file.
     """
-    path = Path(name)
-    return load_tokenizer(path, normalisation) if path.is_file() or path.suffix == ".json" else PublishedFast(str(name))
+    return open_tokenizer(Path(name)).tokenizer if _is_ours(name) else PublishedFast(str(name))
+
+
+def require_normalisation(name: Path | str, normalisation: str) -> None:
+    """Refuse a tokenizer file for actions of another normalisation; published ones do not say for which they are.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if _is_ours(name):
+        _require(open_tokenizer(Path(name)), name, normalisation)
+
+
+def _require(found: TokenizerFile, name: Path | str, normalisation: str) -> None:
+    if found.normalisation != normalisation:
+        raise ConfigError(
+            f"{name} was fitted on actions normalised by '{found.normalisation}', but this policy uses '{normalisation}'. "
+            f"Fit it again: vlaflow data fit-tokenizer --normalisation {normalisation}"
+        )
+
+
+def _is_ours(name: Path | str) -> bool:
+    return Path(name).is_file() or Path(name).suffix == ".json"

@@ -70,13 +70,15 @@ def main(argv: list[str]) -> int:
     machine, console = Machine(given.gpus, given.memory, given.tflops), Console()
     fits = True
     overrides = dict(pair(text) for text in given.set)
-    seconds = given.chunk_seconds
-    for stage in stages(recipe, data, given_data, checkpoint=given.policy, overrides=overrides, chunk_seconds=seconds):
+    if given.chunk_seconds is not None:
+        overrides["chunk_s"] = str(given.chunk_seconds)
+    for stage in stages(recipe, data, given_data, checkpoint=given.policy, overrides=overrides):
         found = estimate(stage.config, machine, stage.data, stage.policy)
         fits = fits and found.fitting() is not None
         console.print(shown(stage.recipe.name, found, given.hours))
-        for entry in given_data:
-            console.print(f"To decode the frames beforehand: {cache_command(entry.root, stage.config)}", soft_wrap=True)
+        for entry in given_data if stage.config.frames != "stream" else ():
+            command = cache_command(entry.root, stage.config) + (entry.reading.options if entry.reading else "")
+            console.print(f"To decode the frames beforehand: {command}", soft_wrap=True)
     return 0 if fits else 1
 
 

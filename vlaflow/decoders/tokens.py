@@ -60,9 +60,12 @@ class TokenConfig(DecoderConfig):
             )
         fitted = self.tokenizer.fitted
         if fitted is not None and (fitted.chunk_size, fitted.dim) != (self.chunk_size, self.action_dim):
+            cure = f"Fit one for this chunk size: vlaflow data fit-tokenizer --chunk-size {self.chunk_size}"
+            if fitted.dim != self.action_dim:
+                cure = "Leave --tokenizer out to have one fitted on the training data."
             raise ConfigError(
                 f"The tokenizer is for chunks of {fitted.chunk_size} actions of {fitted.dim} dimensions, the decoder for "
-                f"{self.chunk_size} of {self.action_dim}. Fit one for this chunk size: vlaflow data fit-tokenizer."
+                f"{self.chunk_size} of {self.action_dim}. {cure}"
             )
 
     @property

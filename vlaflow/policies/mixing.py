@@ -142,9 +142,10 @@ def known_robots(base: Base, config: TrainConfig, datasets: Sequence[OpenedDatas
 
     Raises:
         SpecError: a data set of a robot that the policy does not know, or that may be of several of its robots.
-        ConfigError: the config states another duration than the policy's chunks have.
+        ConfigError: the config states another duration than the policy's chunks have, or another normalisation.
     """
     policy = base.policy
+    require_kept(config, base.path)
     _require_same_duration(base, config)
     if policy.robots:
         return Robots(dict(policy.robots), tuple(_known_robot(base, each) for each in datasets))
@@ -204,6 +205,12 @@ def _known_robot(base: Base, each: OpenedDataset) -> int:
 
 def _state_dim(dataset: Dataset) -> int:
     return len(dataset.dimension_names("state"))
+
+
+def require_kept(config: TrainConfig, policy: str) -> None:
+    """Refuse a normalisation of robots where a policy is continued, named as in "{policy} keeps", with a ``ConfigError``."""
+    if config.normalisation:
+        raise ConfigError(f"{policy} keeps how its robots are normalised; leave normalisation out.")
 
 
 def _require_same_duration(base: Base, config: TrainConfig) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vlaflow.actions.io import named_tokenizer
+from vlaflow.actions.io import named_tokenizer, require_normalisation
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.nsvq import Replacement
 from vlaflow.backbones.base import InputSize
@@ -46,6 +46,7 @@ from vlaflow.policies.mixing import (
     normalised_chunks,
     report_exclusions,
     report_jitter,
+    require_kept,
     robots_of,
     samples_of,
     timed,
@@ -114,6 +115,9 @@ class PolicyObjective(Objective):
         """See ``Objective``."""
         if self.vqa is not None and assets.vqa is not None:
             require_askable(self.policy, VqaDataset.open(assets.vqa, self.vqa.turns))
+        if before.policy is not None:
+            self.policy.require_continues(before.policy, "the policy of the stage before", stage)
+            require_kept(config, "The policy of the stage before")
         require_enough(config, dataset, self.policy.decoder.chunk_size, stage)
         wanted = self.policy.decoder.latent_codes
         if wanted is not None and before.latent is not None:
@@ -201,15 +205,7 @@ class PolicyObjective(Objective):
                 f"{base.path} has a confidence rater, which would not fit the policy that comes of it; give --policy the "
                 "checkpoint that the rater was trained for, and train another rater afterwards."
             )
-        if config.normalisation:
-            raise ConfigError(f"{base.path} keeps how its robots are normalised; leave normalisation out.")
-        for key in ("state_normalisation", "action_normalisation", "state_clip", "action_clip", "kept_actions"):
-            ours, theirs = getattr(self.policy, key), getattr(base.policy.config, key)
-            if ours != theirs:
-                raise ConfigError(
-                    f"policy.{key} is {ours!r}, but {base.path} was trained with {theirs!r}, which its weights take for "
-                    "granted. Leave out the --set that changes it."
-                )
+        self.policy.require_continues(base.policy.config, base.path)
         require_same_model(run_of(base.folder).get("latent"), latent, base.path)
         own = base.policy
         with without_memory() if is_shared_later() else nullcontext():
@@ -232,7 +228,8 @@ class PolicyObjective(Objective):
         """The assembly with the given tokenizer, or one fitted on the training episodes where its decoder needs one."""
         decoder, mode = self.policy.decoder, self.policy.action_normalisation
         if file is not None:
-            decoder = decoder.with_tokenizer(named_tokenizer(file, mode))
+            decoder = decoder.with_tokenizer(named_tokenizer(file))
+            require_normalisation(file, mode)  # afterwards: no other normalisation gives a decoder without tokens a use for it
         if decoder.unfitted:
             decoder = decoder.fitted(normalised_chunks(self.policy, config, datasets, robots))
         return replace(self.policy, decoder=decoder)
@@ -346,6 +343,11 @@ class LatentObjective(Objective):
         if config.shift or config.augment or config.state_mask or config.pauses or config.filters:
             raise ConfigError(
                 "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses, filters."
+            )
+        if config.chunk_s is not None or config.normalisation:
+            raise ConfigError(
+                "A latent action model has no chunks and no normalisation to choose: leave out --chunk-seconds (chunk_s) and "
+                "normalisation."
             )
 
     @property

@@ -73,6 +73,30 @@ class PolicyConfig:
                 f"n_action_steps must lie in 1..{self.decoder.chunk_size} (the chunk size), got {self.n_action_steps}."
             )
 
+    def require_continues(self, before: PolicyConfig, where: str, stage: str = "") -> None:
+        """Refuse a config in which another policy's weights would mean something else.
+
+        Args:
+            before: config of the policy that is continued.
+            where: it is, as in "but {where} was trained with".
+            stage: of a pipeline and a dot, before the keys that a message names.
+
+        Raises:
+            ConfigError: for another normalisation, or chunks of another length.
+        """
+        for key in ("state_normalisation", "action_normalisation", "state_clip", "action_clip", "kept_actions"):
+            ours, theirs = getattr(self, key), getattr(before, key)
+            if ours != theirs:
+                raise ConfigError(
+                    f"{stage}policy.{key} is {ours!r}, but {where} was trained with {theirs!r}, which its weights take for "
+                    "granted. Leave out the --set that changes it."
+                )
+        if self.decoder.chunk_size != before.decoder.chunk_size:
+            raise ConfigError(
+                f"{stage}policy.decoder makes chunks of {self.decoder.chunk_size} actions, but {where} was trained with "
+                f"{before.decoder.chunk_size}, and its chunks keep their length. Leave out the --set that changes it."
+            )
+
     def normalised_as(self, own: Normalisation) -> PolicyConfig:
         """The same assembly with the normalisation of one of its robots."""
         stated = {f.name: getattr(own, f.name) for f in fields(own)}

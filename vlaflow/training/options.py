@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlaflow.config import override
 from vlaflow.data.reading import Reading
+from vlaflow.data.weights import named_mixture
 from vlaflow.policies.recipe import Assets, Base, TrainConfig
 from vlaflow.training.metrics_log import Tracker
 
@@ -50,8 +51,16 @@ class Options:
         return Assets(base, self.vqa, self.tokenizer, self.latent)
 
 
-def overridden(config: TrainConfig, overrides: Mapping[str, str] | None, assets: Assets) -> TrainConfig:
-    """The config with what assets bring along and then its own values; assets that do not fit it are refused."""
+def overridden(
+    config: TrainConfig, overrides: Mapping[str, str] | None, assets: Assets, mixture: str | None = None
+) -> TrainConfig:
+    """The config with a mixture by name, what assets bring along and then its own values.
+
+    Raises:
+        ConfigError: there is no such mixture, a key or value is wrong, or assets do not fit it.
+    """
+    if mixture is not None:
+        config = replace(config, mixture=named_mixture(mixture))
     config = replace(config, objective=config.objective.with_assets(assets))
     config = override(config, overrides) if overrides else config
     config.objective.require(assets)

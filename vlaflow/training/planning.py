@@ -18,9 +18,8 @@ from vlaflow.policies.mixing import longest_chunk
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, TrainConfig
 from vlaflow.training.estimate import TrainingData
-from vlaflow.training.pipeline import overrides_by_stage
+from vlaflow.training.pipeline import StageOverrides, opened, overrides_by_stage
 from vlaflow.training.recipes import Recipe, find_recipe
-from vlaflow.training.run import opened
 
 
 def shape_of(given: Sequence[DatasetEntry]) -> TrainingData:
@@ -62,7 +61,6 @@ def stages(
     *,
     checkpoint: Path | None,
     overrides: Mapping[str, str],
-    chunk_seconds: float | None,
 ) -> list[PlannedStage]:
     """A recipe's stages, each with the policy that the ones before it make.
 
@@ -71,8 +69,7 @@ def stages(
         data: their shape.
         given: the data sets; none for those that are only a shape.
         checkpoint: a policy to continue.
-        overrides: as in ``vlaflow train``; of a pipeline each names its stage.
-        chunk_seconds: duration of a chunk, for all stages.
+        overrides: as in ``vlaflow train``; see ``pipeline.overrides_by_stage``.
 
     Raises:
         ConfigError: it continues a policy, and none is named; or as ``train`` refuses overrides.
@@ -83,10 +80,10 @@ def stages(
     if recipe.several:
         own = {find_recipe(f"{recipe.system}.{name}"): each for name, each in overrides_by_stage(recipe, overrides).items()}
     else:
-        own = {recipe: dict(overrides)}
+        own = {recipe: StageOverrides(overrides, {})}
     found: list[PlannedStage] = []
     for stage, changes in own.items():
-        config = configured(stage, data, given, policy=policy, changes=changes, chunk_seconds=chunk_seconds)
+        config = configured(stage, data, given, policy=policy, changes=changes)
         found.append(PlannedStage(stage, config, policy, learned_of(data, given, config)))
         policy = config.objective.policy if isinstance(config.objective, PolicyObjective) else policy
     return found
@@ -98,13 +95,11 @@ def configured(
     given: Sequence[DatasetEntry],
     *,
     policy: PolicyConfig | None,
-    changes: Mapping[str, str],
-    chunk_seconds: float | None,
+    changes: StageOverrides,
 ) -> TrainConfig:
     """A stage's config with all changes, and chunks of the duration that they state; arguments as in ``stages``."""
-    config = override(stage.config(data.spec, policy), dict(changes))
-    if chunk_seconds is not None:
-        config = replace(config, chunk_s=chunk_seconds)
+    config = stage.config(data.spec, policy)
+    config = override(config, changes.of(config.objective))
     if config.chunk_s is None:
         return config
     if not given:

@@ -14,21 +14,20 @@ import torch
 
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
-from vlaflow.data.weights import DatasetEntry, Member, named_mixture, weights_of
-from vlaflow.data.windows import require_tasks
+from vlaflow.data.weights import DatasetEntry
 from vlaflow.errors import ConfigError
 from vlaflow.hub import origin
 from vlaflow.nn.stored import read_here, shared_later
 from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
-from vlaflow.policies.mixing import combined_fingerprint, labels, read_as
+from vlaflow.policies.mixing import combined_fingerprint, read_as
 from vlaflow.policies.provenance import IMAGES, reading_of, rendered
-from vlaflow.policies.recipe import Base, DataSpec, Objective, OpenedDataset, TrainConfig
+from vlaflow.policies.recipe import Base, DataSpec, OpenedDataset, TrainConfig
 from vlaflow.text import one_line
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
 from vlaflow.training.outcome import Outcome
-from vlaflow.training.pipeline import plan, start_over
+from vlaflow.training.pipeline import opened, overrides_by_stage, plan, require_data, start_over
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
 from vlaflow.training.team import launched
@@ -71,7 +70,7 @@ def train(
         return train_pipeline(found, dataset, Path(out), options)
     with sharing(options):
         base = None if policy is None else Base.open(policy)
-    given = as_read(entries(dataset), options, Path(out), base)
+    given = as_read(entries(dataset), options, [Path(out)], base)
     config = found.config(DataSpec.of(*given), base.policy.config if base else None)
     return train_stage(config, given, out, name=recipe, base=base, options=options)
 
@@ -79,12 +78,13 @@ def train(
 def train_pipeline(pipeline: Recipe, dataset: Datasets, out: Path, options: Options) -> Outcome:
     """Every stage of a pipeline, continued where it was left; each gets the checkpoints of the ones before it.
 
-    Overrides name their stage first: {"joint.steps": "500"}.
+    Overrides name their stage first, {"joint.steps": "500"}, but for those of all stages (``pipeline.SHARED``).
 
     Raises:
         VlaflowError: see ``pipeline.plan``; nothing is trained then.
     """
-    given = as_read(entries(dataset), options, out, None)
+    folders = [out, *(out / name for name in overrides_by_stage(pipeline, {}))]
+    given = as_read(entries(dataset), options, folders, None)
     stages = plan(pipeline, given, out, options)
     if options.fresh:
         start_over(stages)
@@ -123,16 +123,12 @@ def train_stage(
         VlaflowError: whatever the user can fix, in a sentence.
     """
     options = options or Options()
-    given = as_read(entries(dataset), options, Path(out), base)
+    given = as_read(entries(dataset), options, [Path(out)], base)
     assets = options.assets(base)
-    if options.mixture is not None:
-        config = replace(config, mixture=named_mixture(options.mixture))
-    config = overridden(config, options.overrides, assets)
+    config = overridden(config, options.overrides, assets, options.mixture)
     datasets = opened(config.objective, given)
     _print_notes(datasets, lambda each: each.notes)
-    if len(datasets) > 1:  # before rows are read
-        weights_of([Member(each.entry, each.entry.name, 1) for each in datasets], config.mixture)
-    require_tasks([each.dataset for each in datasets], config.hold_out_tasks)
+    require_data(config, datasets)
     if base is not None and Path(out).resolve() == base.folder.resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
     torch.set_num_threads(options.threads or training_threads())
@@ -192,15 +188,6 @@ def entries(dataset: Datasets) -> list[DatasetEntry]:
     return [each if isinstance(each, DatasetEntry) else DatasetEntry.parse(str(each)) for each in given]
 
 
-def opened(objective: Objective, given: Sequence[DatasetEntry]) -> list[OpenedDataset]:
-    """All data sets, opened as the objective needs them."""
-    names = labels([entry.name for entry in given], [entry.root for entry in given])
-    return [
-        OpenedDataset(entry, objective.open(entry.root, entry.reading), label)
-        for entry, label in zip(given, names, strict=True)
-    ]
-
-
 def _recorded(datasets: Sequence[OpenedDataset]) -> dict[str, Any]:
     """For the run's record: repository and commit of data sets from the Hub, but no folders, which may be moved; how the only
     one was read, where it does not have LeRobot's names (of several, ``mixture_identity`` says so); and how a simulator
@@ -214,9 +201,9 @@ def _recorded(datasets: Sequence[OpenedDataset]) -> dict[str, Any]:
     return {"source": ", ".join(found), **stated} if found else stated
 
 
-def as_read(given: Sequence[DatasetEntry], options: Options, out: Path, base: Base | None) -> list[DatasetEntry]:
-    """Data sets with how each is read: as given, else as by the run that is continued, else as by the policy."""
-    continued = [] if options.fresh else [out]
+def as_read(given: Sequence[DatasetEntry], options: Options, folders: Sequence[Path], base: Base | None) -> list[DatasetEntry]:
+    """Data sets with how each is read: as given, else as by what is continued, a run in these folders or the policy."""
+    continued = [] if options.fresh else [*folders]
     if base is not None:
         continued.append(base.folder)
 

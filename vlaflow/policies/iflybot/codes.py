@@ -54,7 +54,7 @@ def model_pairs(
         DataError: no such view, or no episode longer than the gap.
     """
     origin = model.origin
-    wanted = view or origin.view
+    wanted: str | None = view or origin.view
     if view is None and wanted not in dataset.views and dataset.fingerprint in (origin.dataset, *origin.others):
         wanted = None  # as training chose it (``latent_pairs``)
     view = chosen_view(dataset, wanted)
