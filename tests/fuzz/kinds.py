@@ -47,7 +47,7 @@ from vlaflow.serving.observation_keys import choose
 from vlaflow.serving.openpi import OpenpiConversation
 from vlaflow.serving.request_log import RequestEntry
 from vlaflow.serving.server import PolicyServer, ServerConfig
-from vlaflow.versions import machine
+from vlaflow.versions import processor
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,14 @@ def build_calibrations(folder):
     write_json(folder / "laddered" / FOLDER / LADDER, to_json(Ladder("c", "d", 9, rungs)))
     candidates = tuple(Candidate(f"dense:{n}", n, 3.0 * n, 1.0 * n, 2.0 * n, 1.0 / n) for n in (1, 2, 4))
     sampler = SamplerCalibration(
-        "c", "d", "crps", candidates, "dense:4", None, 9, (), 0, 0, 0.0, machine(), "cpu", 1, "vlaflow calibrate", {}
+        "c", "d", "crps", candidates, "dense:4", None, 9, (), 0, 0, 0.0, processor(), "cpu", 1, "vlaflow calibrate", {}
     )
     sampler.save(folder / "sampled" / FOLDER / FILE)
 
 
 def profile():
     work = ChunkWork(Work(1.0), (Work(1.0), Work(2.0), Work(3.0)), (Work(0.1), Work(0.2), Work(0.3)))
-    return Profile("c", machine(), 1, 1.0, (1.0, 2.0, 3.0), (0.1, 0.2, 0.3), 1.5, 9, {}, work, CostModel(0.1, 0.1, 0.1))
+    return Profile("c", processor(), 1, 1.0, (1.0, 2.0, 3.0), (0.1, 0.2, 0.3), 1.5, 9, {}, work, CostModel(0.1, 0.1, 0.1))
 
 
 @cache
