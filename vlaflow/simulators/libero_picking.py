@@ -79,8 +79,8 @@ class PickPlace:
     def _gripped(self, scene: LiberoScene) -> bool:
         """Whether the object is between the closed fingers; one of them may lose touch for a moment.
 
-        Who misjudges the position of the hand takes closed fingers for a grasp, as a policy does that has only seen grasps that
-        succeed. So recordings show fingers that hold nothing on their way, and the label that opens them.
+        While the position of the hand is misjudged, closed fingers count as a grasp, as for a policy that has only seen grasps
+        that succeed. So recordings show fingers that moved on without the object, and the label that opens them.
         """
         if scene.misjudged and self._hold is not None and scene.closing > 0.95:
             return True
