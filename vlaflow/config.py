@@ -227,23 +227,25 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
             continue
         if not dataclasses.is_dataclass(current):
             what = "is not set in this recipe" if current is None else f"is {current!r}, not a group of keys"
-            cure = f" Set it as well: --set '{path}{name}={{}}'" if current is None and _has_defaults(hints[name]) else ""
+            cure = _cure(hints[name], f"{path}{name}", inner) if current is None else ""
             raise ConfigError(f"'{path}{name}' {what}, so '{path}{name}.{next(iter(inner))}' in {where} cannot be set.{cure}")
         values[name] = _override(current, inner, where, path if name in inlined else f"{path}{name}.")
     return dataclasses.replace(config, **values)
 
 
-def _has_defaults(annotation: Any) -> bool:
-    """Whether ``{}`` is a value of the field: one kind of dataclass, whose fields all have defaults."""
+def _cure(annotation: Any, name: str, inner: Mapping[str, str]) -> str:
+    """How to set a group of keys that is None, if it can be of one kind only; values that are given are taken over."""
     classes = _dataclasses_in(annotation)
-    return (
-        len(classes) == 1
-        and not _is_open(classes[0])
-        and all(
-            f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-            for f in dataclasses.fields(classes[0])
-        )
-    )
+    if len(classes) != 1 or _is_open(classes[0]):
+        return ""
+    needed = [
+        f.name
+        for f in dataclasses.fields(classes[0])
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    hints = typing.get_type_hints(classes[0], include_extras=True)
+    values = [f"{json.dumps(f)}: {json.dumps(_read(hints[f], inner[f])) if f in inner else '...'}" for f in needed]
+    return f" Set it as well: --set '{name}={{{', '.join(values)}}}'"
 
 
 def _group_in(annotation: Any) -> Any:

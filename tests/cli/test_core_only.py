@@ -50,6 +50,7 @@ CASES = {
     "deploy": (["deploy", "CKPT", "--engine", "openvino"], "openvino"),
     "check an environment": (["check", "env", "metaworld/drawer-open-v3"], "metaworld"),
     "check a policy": (["check", "policy", "CKPT"], WORKS),
+    "check a policy's inputs": (["check", "inputs", "CKPT", "--dataset", "DATA", "--episodes", "all", "--frames", "8"], WORKS),
     "upload data": (["data", "push", "DATA", "owner/name"], "hub"),
     "check data of the Hub": (["data", "check", "owner/name"], "hub"),
     "reproduce a claim": (["reproduce", "C6", "--out", "OUT/claims"], "demo"),

@@ -61,7 +61,12 @@ def test_nested_groups_are_given_as_json():
         ("steps.more", "1", "is 6, not a group"),
         ("policy.rater.depth", "1", r"'policy.rater' is not set in this recipe.* cannot be set\.$"),
         ("lora.rank", "8", r"'lora' is not set in this recipe, .* Set it as well: --set 'lora=\{\}'$"),
-        ("state_mask.what", "whole", r"'state_mask' is not set in this recipe.* cannot be set\.$"),
+        (
+            "state_mask.what",
+            "whole",
+            r"'state_mask' is not set.* cannot be set\. Set it as well: --set 'state_mask=\{\"probability\": \.\.\.\}'$",
+        ),
+        ("state_mask.probability", "0.8", r" Set it as well: --set 'state_mask=\{\"probability\": 0\.8\}'$"),
         ("policee.n_action_steps", "1", "did you mean 'policy'"),
         ("policy.n_action_stpes", "1", "did you mean 'n_action_steps'"),
         ("objective.policy.n_action_steps", "1", "Unknown key 'objective'"),

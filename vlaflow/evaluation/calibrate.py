@@ -225,13 +225,14 @@ def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
     if not trained:
         raise CalibrationError(
             f"{folder} lacks training/, so it is unknown which episodes it was trained on. If {dataset.root} is new to it, "
-            "pass --episodes all, or calibrate in the folder where it was trained."
+            "pass --episodes all, or name the folder where it was trained."
         )
     held = new_episodes(dataset, trained)
     if len(held) < 2 and any(each.data == dataset.fingerprint for each in trained):
+        few = "1 episode" if held else "no episode"
         raise CalibrationError(
-            f"Training held out {len(held)} episode of {dataset.root}, and calibration needs two. Train with a larger "
-            "validation_fraction, or calibrate on other data."
+            f"Training held out {few} of {dataset.root}, and two are needed. Train with a larger validation_fraction, or use "
+            "other data."
         )
     return held
 
