@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 
 from vlaflow.cli.check import main
 from vlaflow.errors import ConfigError
@@ -149,6 +150,72 @@ class Upside(ObstacleEnv):
         return {"pixels": super().render(), "agent_pos": self.state}
 
 
+class Reusing(ObstacleEnv):
+    """Draws every image into the same array, and keeps its state in one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.image, self.position = super().render(), np.zeros(2, np.float32)
+
+    def render(self):
+        self.image[:] = super().render()
+        return self.image
+
+    def observe(self):
+        self.position[:] = self.hand
+        return Observation({self.view: self.render()}, self.position, self.task_description)
+
+    def _observation(self):
+        observation = self.observe()
+        return {"pixels": observation.images[self.view], "agent_pos": observation.state}
+
+
+class Oblong(ObstacleEnv):
+    """Has a camera that is wider than high."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.observation_space["pixels"] = spaces.Box(0, 255, (24, 32, 3), np.uint8)
+
+    @property
+    def views(self):
+        return {self.view: (24, 32)}
+
+    def render(self):
+        return super().render()[:24]
+
+
+class Finished(ObstacleEnv):
+    """Takes no step after its success, as usual with gymnasium."""
+
+    def advance(self, action):
+        out = super().advance(action)
+        self._over |= out[1]
+        return out
+
+
+class Brief(ObstacleEnv):
+    """Belongs to no suite, is over after four steps, and fails as soon as the hand goes left."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.name, self._max_episode_steps = "mine/pass-v0", 4
+
+    def advance(self, action):
+        reward, success, truncated, info = super().advance(action)
+        self._over = truncated or action[0] < 0
+        return reward, success, bool(self._over), info
+
+
+class Stopped(Brief):
+    """Is cut off two steps too soon."""
+
+    def advance(self, action):
+        reward, success, _, info = super().advance(np.maximum(action, 0))
+        self._over = self._steps >= 2
+        return reward, success, self._over, info
+
+
 class Endless(MetaWorldEnv):
     """Ends later than it says."""
 
@@ -175,6 +242,10 @@ class Endless(MetaWorldEnv):
         (Hasty, ["Name, views, state"]),
         (Nameless, ["Name, views, state"]),
         (Upside, ["render() returns the main view"]),
+        (Reusing, ["What was observed stays"]),
+        (Oblong, ["Images are square"]),
+        (Finished, ["A scripted expert keeps"]),
+        (Stopped, ["The episode is cut off"]),
     ],
 )
 def test_a_broken_environment_is_found_out(kind, promises):
@@ -182,6 +253,20 @@ def test_a_broken_environment_is_found_out(kind, promises):
     env = kind(TASK, size=32) if issubclass(kind, MetaWorldEnv) else kind("pass-v0", size=32)
     found = broken_promises(env)
     assert all(any(f.startswith(p) for f in found) for p in promises), found
+
+
+def test_an_episode_that_soon_ends_is_no_fault():
+    """A robot may fall at its first step, and a step may be a whole grasp."""
+    assert broken_promises(Brief("pass-v0", size=32)) == []
+
+
+@pytest.mark.parametrize("action", [[0.0, 1.5], [0.0, np.nan], [1.0]])
+def test_an_expert_that_leaves_the_range_of_its_actions_is_found_out(action, monkeypatch):
+    """Its labels would be recorded, and the largest of them decide how all are normalised."""
+    monkeypatch.setattr("vlaflow.simulators.checker.expert_for", lambda _: lambda env, error=None: np.array(action))
+    (finding,) = [f for f in check_environment(ObstacleEnv("pass-v0", size=32)) if not f.passed]
+    assert finding.promise.startswith("A scripted expert keeps")
+    assert "must return 2 numbers" in finding.observed or "for 'y', which lies in [-1, 1]" in finding.observed
 
 
 def test_the_command_prints_a_table_and_says_so_by_its_status(capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.simulators.test_checker import Reusing
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.simulators import make
 from vlaflow.simulators.chunks import ChunkEnv
@@ -81,3 +82,13 @@ def test_executing_no_steps_is_refused(env):
     """It would loop for ever."""
     with pytest.raises(ConfigError):
         ChunkEnv(env, n_action_steps=0)
+
+
+def test_frames_of_a_video_and_observations_survive_an_environment_that_draws_into_one_array():
+    env = ChunkEnv(Reusing("pass-v0", size=32), n_action_steps=4, video=True, video_every=1)
+    env.restart(seed=1000)
+    first, state = env.observe(), env.observe().state.copy()
+    env.execute(np.full((4, 2), 0.5, np.float32))
+    assert len({frame.tobytes() for frame in env.frames}) == 5
+    assert first.images["above"].tobytes() == env.frames[0].tobytes()
+    assert np.array_equal(first.state, state)

@@ -1,11 +1,12 @@
 """Scripted experts and the noise that is executed but not learned."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from vlaflow.errors import ConfigError
+from vlaflow.errors import ConfigError, SpecError
 from vlaflow.simulators import make, simulator_spec
 from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for, noises
 
@@ -61,6 +62,26 @@ def test_without_noise_the_label_is_what_is_executed():
     env.restart(10_000)
     executed, label = Noisy(expert_for(env.name), Noise(0.0), episode_generator(env.name, 1), GRIPPER)(env)
     assert np.array_equal(executed, label)
+
+
+def test_noise_is_a_share_of_the_largest_displacement():
+    """Whatever the unit of an action: 0.1 of a robot that moves by at most 0.02 metres is 2 mm, not 10 cm."""
+    executed = []
+    for largest in (1.0, 0.02):
+        env = make("obstacle/pass-v0")
+        dimensions = tuple(replace(each, low=-largest, high=largest) for each in env.action_spec.dimensions)
+        env.action_spec = replace(env.action_spec, dimensions=dimensions)
+        still = Noisy(lambda env, error=None: np.zeros(2), Noise(0.1), episode_generator(env.name, 1), np.zeros(2, bool))
+        executed.append(np.stack([still(env)[0] for _ in range(50)]) / largest)
+    np.testing.assert_allclose(*executed, rtol=1e-5)  # float32
+    assert np.abs(executed[0]).max() < 0.5
+
+
+def test_an_expert_that_leaves_the_range_is_refused():
+    env = make("obstacle/pass-v0")
+    wild = Noisy(lambda env, error=None: np.array([0.0, 1.5]), Noise(), episode_generator(env.name, 1), np.zeros(2, bool))
+    with pytest.raises(SpecError, match=r"expert of obstacle/pass-v0 returned 1\.5 for 'y', which lies in \[-1, 1\]"):
+        wild(env)
 
 
 def test_an_expert_that_misjudges_acts_as_from_elsewhere_and_is_labelled_from_here():

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from vlaflow.errors import ConfigError
 from vlaflow.simulators import expand_env_names, make, parse_env_name
+from vlaflow.simulators.obstacle_task import SPEC
 
 
 def test_a_name_is_a_suite_and_a_task():
@@ -78,3 +80,20 @@ def test_images_work_when_mujoco_was_imported_before_this_library():
     environment = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
     assert told == "True\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"max_steps": {}}, r"suite 'obstacle' has no 'pass-v0' in its max_steps"),
+        ({"size": {"fast": 96}}, "no 'exact' in its size"),
+        ({"groups": {"easy": ("pass-v1",)}}, "no 'pass-v1' in its tasks"),
+        ({"published": ("easy",)}, "no 'easy' in its groups"),
+        ({"protocols": {"theirs": {}}}, r"no 'pass-v0' in its protocols\['theirs'\]"),
+        ({"protocols": {"theirs": {"pass-v0": 60}}}, r"max_steps 50 for 'pass-v0', below the 60 of protocols\['theirs'\]"),
+    ],
+)
+def test_a_spec_that_would_fail_later_is_refused(change, named):
+    """A recording with --render exact, or an evaluation at its end, would find no number."""
+    with pytest.raises(ConfigError, match=named):
+        replace(SPEC, **change)

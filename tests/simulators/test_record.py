@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data.toyset import full_disk
+from tests.simulators.test_checker import Reusing
 from vlaflow.cli.record import main
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError, DataError
@@ -139,6 +140,16 @@ def test_an_episode_that_terminates_without_success_is_not_a_demonstration(tmp_p
         record(RecordConfig(("obstacle/pass-v0",), episodes=1, size=32, noise=(Noise(0),), attempts=2), tmp_path / "x", 0)
 
 
+def test_an_environment_that_draws_into_one_array_is_recorded_frame_by_frame(tmp_path, monkeypatch):
+    """Its observations all share that array, so at the end of an episode each of them shows the last frame."""
+    config = RecordConfig(("obstacle/pass-v0",), episodes=1, size=32)
+    record(config, tmp_path / "own", 0)
+    env = Reusing("pass-v0", size=32)
+    monkeypatch.setattr("vlaflow.simulators.record.cached", lambda *_, **__: env)
+    record(config, tmp_path / "shared", 0)
+    assert digests(tmp_path / "shared") == digests(tmp_path / "own")
+
+
 def test_images_of_another_size_than_asked_for_are_refused(tmp_path, monkeypatch):
     """An environment of another package may have a camera of a fixed size, with which the command can be repeated."""
     env = ObstacleEnv("pass-v0", size=32)
@@ -147,6 +158,32 @@ def test_images_of_another_size_than_asked_for_are_refused(tmp_path, monkeypatch
         ConfigError, match=r"obstacle/pass-v0 renders 'above' with 32x32 pixels, not 64x64\. Record .* --size 32"
     ):
         record(RecordConfig(("obstacle/pass-v0",), episodes=1, size=64), tmp_path / "x", 0)
+
+
+@pytest.mark.parametrize("sides", [(24, 32), (33, 33)])
+def test_a_camera_that_no_size_suits_is_told_so(sides, tmp_path, monkeypatch):
+    """Neither side of an oblong image, nor an odd one, is a size to repeat the command with."""
+
+    class Fixed(ObstacleEnv):
+        @property
+        def views(self):
+            return {self.view: sides}
+
+    monkeypatch.setattr("vlaflow.simulators.record.cached", lambda *_, **__: Fixed("pass-v0", size=32))
+    with pytest.raises(ConfigError, match=r"not 64x64\. Let its suite's build render every view as a square"):
+        record(RecordConfig(("obstacle/pass-v0",), episodes=1, size=64), tmp_path / "x", 0)
+
+
+def test_an_expert_that_fails_undisturbed_is_not_said_to_need_less_noise(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlaflow.simulators.record.expert_for", lambda _: lambda env, error=None: np.zeros(2))
+    with pytest.raises(DataError, match="Correct the expert"):
+        record(RecordConfig(("obstacle/pass-v0",), episodes=1, size=32, noise=(Noise(0),), attempts=1), tmp_path / "x", 0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_an_impossible_size_is_refused_without_the_advice_to_take_another_impossible_one(size, tmp_path):
+    with pytest.raises(ConfigError, match=rf"between 8 and 2048 pixels wide, got {size}\.$"):
+        record(RecordConfig(("obstacle/pass-v0",), episodes=1, size=size), tmp_path / "x", 0)
 
 
 def test_an_odd_size_is_refused_before_anything_is_played(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -11,8 +12,9 @@ from tests.simulators.test_record import digests
 from vlaflow.cli.record import main
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError, DataError
+from vlaflow.simulators.obstacle_task import SPEC as OBSTACLE
 from vlaflow.simulators.record import RecordConfig, episode_jobs, record
-from vlaflow.simulators.recording import Recording, episodes_folder, finished_before
+from vlaflow.simulators.recording import Recording, RecordJob, episodes_folder, finished_before
 
 CONFIG = RecordConfig(("obstacle/pass-v0",), episodes=4, size=32)
 
@@ -75,6 +77,43 @@ def test_an_unfinished_recording_with_other_settings_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"1 episodes .* with size = 32, not 48\. Repeat its command"):
         record(RecordConfig(CONFIG.envs, episodes=4, size=48), out, workers=0)
     assert finished_before(out, episode_jobs(CONFIG)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tasks": {"pass-v0": "Move to the goal"}}, r"suite\.tasks\.pass-v0 = Move the .*, not Move to the goal\."),
+        ({"state_names": ("x", "y")}, r"suite\.state_names\[0\] = hand_x, not x\."),
+        ({"views": ("top", "side")}, r"suite\.views = \['above'\], not \['top', 'side'\]\."),
+        ({"action": replace(OBSTACLE.action, rate_hz=20)}, r"suite\.action\.rate_hz = 10, not 20\."),
+    ],
+)
+def test_an_unfinished_recording_of_a_suite_that_changed_is_refused(change, named, tmp_path, monkeypatch):
+    """Its episodes would have two instructions, or numbers that mean two things."""
+    out = tmp_path / "set"
+    interrupt(out, 1)
+    monkeypatch.setattr("vlaflow.simulators.record.simulator_spec", lambda _: replace(OBSTACLE, **change))
+    with pytest.raises(ConfigError, match=named):
+        record(CONFIG, out, workers=0)
+
+
+def test_the_package_of_a_suite_is_recorded_and_its_update_refused(tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    package = {"mine": "1.0"}
+    monkeypatch.setattr("vlaflow.simulators.record.suite_package", lambda _: dict(package))
+    interrupt(out, 1)
+    package["mine"] = "2.0"
+    with pytest.raises(ConfigError, match=r"versions\.mine = 1\.0, not 2\.0"):
+        record(CONFIG, out, workers=0)
+    package["mine"] = "1.0"
+    record(CONFIG, out, workers=0)
+    assert Dataset.open(out).provenance["versions"]["mine"] == "1.0"
+
+
+def test_environments_with_similar_names_have_files_of_their_own():
+    """An episode of one would be taken for the other's."""
+    names = ("suite/a/b", "suite/a_b", "suite/a%2Fb")
+    assert len({RecordJob(name, 0).stem for name in names}) == len(names)
 
 
 def test_two_recordings_of_one_data_set_at_once_are_refused(tmp_path):

@@ -146,7 +146,7 @@ def _record_one(
     every = max(2, -(-expected.steps // MOST_FRAMES))
     recorder = cached(job.env, render=config.render, size=size)
     recorder.restart(job.seed)
-    frames, shown, taken = [recorder.render()], list[tuple[int, np.ndarray, Chunk, int]](), 0
+    frames, shown, taken = [np.array(recorder.render())], list[tuple[int, np.ndarray, Chunk, int]](), 0
 
     def follow(steps: int, observation: Observation, chunk: Chunk) -> None:
         nonlocal taken
@@ -156,7 +156,7 @@ def _record_one(
             recorder.advance(action)
             taken += 1
             if taken % every == 0 or taken == expected.steps:
-                frames.append(recorder.render())
+                frames.append(np.array(recorder.render()))
 
     episode = play_block(policy, block, config, after={place: follow})[place]
     if episode != expected:

@@ -65,6 +65,30 @@ class SimulatorSpec:
     kept: int = 8
     published: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse a spec that would fail later, in the middle of a recording or an evaluation.
+
+        Raises:
+            ConfigError: a limit, a size or a group is missing or impossible.
+        """
+        for place, names, known in (
+            ("max_steps", self.tasks, self.max_steps),
+            ("tasks", [task for group in self.groups.values() for task in group], self.tasks),
+            ("groups", self.published, self.groups),
+            ("size", ("fast", "exact"), self.size),
+            *((f"protocols['{name}']", self.tasks, limits) for name, limits in self.protocols.items()),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ConfigError(f"The spec of the suite '{self.suite}' has no '{name}' in its {place}. Add it there.")
+        for name, limits in self.protocols.items():
+            for task in self.tasks:
+                if limits[task] > self.max_steps[task]:
+                    raise ConfigError(
+                        f"The suite '{self.suite}' has max_steps {self.max_steps[task]} for '{task}', below the "
+                        f"{limits[task]} of protocols['{name}']. Raise it."
+                    )
+
 
 @runtime_checkable
 class Environment(Protocol):
@@ -78,6 +102,8 @@ class Environment(Protocol):
     A simulator with stored initial states starts an episode at one of them, which the seed selects, as its evaluation
     protocol asks; the option ``{"start": "random"}`` draws a placement from the seed instead. Recording uses this option.
     Where every placement is drawn anyway, it changes nothing.
+
+    Arrays that a method returns belong to the caller: later steps and resets do not change them.
 
     An environment may also have ``postpone()``, without arguments, which returns a function. Called later, it renders what
     `observe` would return now, with the same bytes (`postponed`).
@@ -146,8 +172,14 @@ def postponed(env: Environment) -> Callable[[], Observation]:
     postpone: Callable[[], Callable[[], Observation]] | None = getattr(env, "postpone", None)
     if postpone is not None:
         return postpone()
-    observation = env.observe()
+    observation = owned(env.observe())
     return lambda: observation
+
+
+def owned(observation: Observation) -> Observation:
+    """A copy, for those who keep an observation: an environment of another package may draw every image into one array."""
+    images = {view: np.array(image) for view, image in observation.images.items()}
+    return Observation(images, np.array(observation.state), observation.instruction)
 
 
 RANDOM_START: dict[str, Any] = {"start": "random"}
@@ -178,8 +210,8 @@ class Suite:
 
     Args:
         spec: its description; ``spec.suite`` is the name under which it is registered.
-        build: creates the environment of a task from a rendering quality and an image size in pixels (None: the suite's
-            default), importing the simulator.
+        build: creates the environment of a task from a rendering quality and the side of its images in pixels (None: the
+            suite's default), importing the simulator.
         expert: creates the scripted expert of a task; None if the suite has none.
         install: argument of ``pip install`` that installs the simulator.
     """
@@ -240,6 +272,22 @@ def rendering_versions(names: Iterable[str], render: Render) -> dict[str, str]:
     return {f"{suite} rendering": version for suite, version in found.items() if version}
 
 
+def suite_package(suite: str) -> dict[str, str]:
+    """Name and version of the package that a suite comes with; empty for vlaflow's own."""
+    name, _, version = registry.find("simulators", suite).distribution.rpartition(" ")
+    return {name: version} if name else {}
+
+
+def require_size(size: int) -> None:
+    """Refuse a side of the image that no camera can have.
+
+    Raises:
+        ConfigError: stating the range.
+    """
+    if not 8 <= size <= 2048:
+        raise ConfigError(f"The image must be between 8 and 2048 pixels wide, got {size}.")
+
+
 def parse_env_name(name: str) -> tuple[str, str]:
     """Split "metaworld/drawer-open-v3" into ("metaworld", "drawer-open-v3").
 
@@ -296,8 +344,8 @@ def make(name: str, *, render: Render = "fast", size: int | None = None) -> Envi
     found = suite_of(suite)
     if render not in ("fast", "exact"):
         raise ConfigError(f"There is no rendering '{render}'; {nearest(str(render), ('fast', 'exact'))}")
-    if size is not None and not 8 <= size <= 2048:
-        raise ConfigError(f"The image must be between 8 and 2048 pixels wide, got {size}.")
+    if size is not None:
+        require_size(size)
     try:
         return found.build(task, render, size)
     except ModuleNotFoundError as problem:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from vlaflow.errors import VlaflowError
+from vlaflow.errors import CapabilityError, VlaflowError
 from vlaflow.simulators.base import RANDOM_START, postponed, simulator_spec, suites
+from vlaflow.simulators.experts import clean_action, expert_for
 from vlaflow.spec import Observation
 
 Check = Callable[[Any], None]
@@ -81,6 +82,16 @@ def _actions(env: Any, count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(space.low, space.high, (count, *space.shape)).astype(np.float32)
 
 
+def _before_end(env: Any, actions: np.ndarray) -> np.ndarray:
+    """Those of the actions that the episode of ``SEED`` takes before it ends: a failure or a low step limit may end it soon."""
+    env.restart(SEED)
+    for number, action in enumerate(actions, 1):
+        _, terminated, truncated, _ = env.advance(action)
+        if terminated or truncated:
+            return actions[:number]
+    return actions
+
+
 def _trace(env: Any, seed: int, actions: np.ndarray) -> list[np.ndarray]:
     """All numbers and pixels of the first steps of an episode."""
     observation, _ = env.reset(seed=seed)
@@ -93,10 +104,13 @@ def _trace(env: Any, seed: int, actions: np.ndarray) -> list[np.ndarray]:
     return trace
 
 
-def _flat(observation: dict[str, Any]) -> list[np.ndarray]:
+def _arrays(observation: dict[str, Any]) -> list[np.ndarray]:
     pixels = observation["pixels"]
-    images = list(pixels.values()) if isinstance(pixels, dict) else [pixels]
-    return [np.array(image) for image in images] + [np.array(observation["agent_pos"])]
+    return [*(pixels.values() if isinstance(pixels, dict) else [pixels]), observation["agent_pos"]]
+
+
+def _flat(observation: dict[str, Any]) -> list[np.ndarray]:
+    return [np.array(array) for array in _arrays(observation)]
 
 
 def _numbers(observation: Observation) -> list[np.ndarray]:
@@ -128,14 +142,21 @@ def _spaces(env: Any) -> None:
 @_promise
 def _observations_fit(env: Any) -> None:
     """Observations of reset and step lie in the observation space, and rewards and flags have the right types."""
+    actions = _before_end(env, _actions(env, 3))
     observation, info = env.reset(seed=SEED)
     _require(env.observation_space.contains(observation), "the reset's observation does not fit its space")
     _require(isinstance(info, dict), f"the reset's info is {type(info).__name__}")
-    for action in _actions(env, 3):
+    for action in actions:
         observation, reward, terminated, truncated, _ = env.step(action)
         _require(env.observation_space.contains(observation), "a step's observation does not fit its space")
         _require(np.isfinite(reward), f"the reward is {reward}")
         _require(isinstance(terminated, bool) and isinstance(truncated, bool), "terminated or truncated is not a bool")
+
+
+@_promise
+def _square(env: Any) -> None:
+    """Images are square, and all views have the same size."""
+    _require(len({side for size in env.views.values() for side in size}) == 1, f"(height, width) of the views: {env.views}")
 
 
 @_promise
@@ -190,8 +211,9 @@ def _rate(env: Any) -> None:
 @_promise
 def _info(env: Any) -> None:
     """info holds success, is_success (bool), steps and first_success_step (int), with the right values."""
+    actions = _before_end(env, _actions(env, 2))
     _, info = env.reset(seed=SEED)
-    for number, action in enumerate([None, *_actions(env, 2)]):
+    for number, action in enumerate([None, *actions]):
         if action is not None:
             *_, info = env.step(action)
         missing = {"success", "is_success", "steps", "first_success_step"} - set(info)
@@ -242,16 +264,17 @@ def _chunks(env: Any) -> None:
     """Executing a chunk equals executing single steps, bit for bit."""
     from vlaflow.simulators.chunks import ChunkEnv
 
-    actions = _actions(env, 6)
+    actions = _before_end(env, _actions(env, 6))
     env.reset(seed=SEED)
     single = [env.step(action) for action in actions]
     chunked = ChunkEnv(env, n_action_steps=3)
     chunked.reset(seed=SEED)
-    for end in (3, 6):
-        observation, reward, _, _, info = chunked.step(actions[end - 3 : end])
+    for start in range(0, len(actions), 3):
+        end = min(start + 3, len(actions))
+        observation, reward, _, _, info = chunked.step(actions[start:end])
         expected, _, _, _, wanted = single[end - 1]
         _require(_same(_flat(observation), _flat(expected)), f"the observation after {end} steps differs")
-        rewards = sum(step[1] for step in single[end - 3 : end])
+        rewards = sum(step[1] for step in single[start:end])
         _require(
             np.isclose(reward, rewards, rtol=1e-9), f"the reward of a chunk of 3 is {reward}, that of single steps {rewards}"
         )
@@ -263,11 +286,12 @@ def _chunks(env: Any) -> None:
 @_promise
 def _lazy(env: Any) -> None:
     """Advancing renders nothing, and observing the same step twice renders once."""
+    actions = _before_end(env, _actions(env, 3))
     env.restart(SEED)
     before = env.renders
-    for action in _actions(env, 3):
+    for action in actions:
         env.advance(action)
-    _require(env.renders == before, f"{env.renders - before} images rendered in 3 steps without an observation")
+    _require(env.renders == before, f"{env.renders - before} images rendered in {len(actions)} steps without an observation")
     env.observe()
     env.observe()
     _require(env.renders == before + len(env.views), f"{env.renders - before} images rendered for one observation")
@@ -276,10 +300,11 @@ def _lazy(env: Any) -> None:
 @_promise
 def _rendering_is_passive(env: Any) -> None:
     """Rendering does not change the physics."""
+    actions = _before_end(env, _actions(env, 8))
     states = []
     for render in (False, True):
         env.restart(SEED)
-        for action in _actions(env, 8):
+        for action in actions:
             env.advance(action)
             if render:
                 env.render()
@@ -311,15 +336,32 @@ def _main_view(env: Any) -> None:
 @_promise
 def _postponed(env: Any) -> None:
     """A postponed observation shows the moment at which it was asked for, whatever happens before it is rendered."""
+    actions = _before_end(env, _actions(env, 3))
     env.reset(seed=SEED)
     moments = []
-    for action in _actions(env, 3):
+    for action in actions:
         moments.append((postponed(env), env.observe()))
         env.advance(action)
     env.restart(SEED + 1)
     for render, expected in moments:
         shown = render()
         _require(_same(_numbers(shown), _numbers(expected)), "another moment is shown")
+
+
+@_promise
+def _owned(env: Any) -> None:
+    """What was observed stays as it is: later steps and resets do not change an array that was returned."""
+    actions = _before_end(env, _actions(env, 3))
+    returned = _arrays(env.reset(seed=SEED)[0])
+    for action in actions:
+        observed = env.observe()
+        returned += [*_numbers(observed), env.render()]
+        shown = [array.copy() for array in returned]
+        env.advance(action)
+        env.observe()
+        _require(_same(returned, shown), "a step changed an image or a state that was returned before it")
+    env.reset(seed=SEED + 1)
+    _require(_same(returned, shown), "a reset changed an image or a state that was returned before it")
 
 
 @_promise
@@ -337,14 +379,21 @@ def _refusals(env: Any) -> None:
 
 @_promise
 def _max_steps(env: Any) -> None:
-    """The episode is cut off after exactly _max_episode_steps, unless it succeeds before."""
-    env.restart(SEED)
-    action = np.clip(np.zeros(env.action_space.shape), env.action_space.low, env.action_space.high)
-    for step in range(1, env._max_episode_steps + 1):
-        _, terminated, truncated, _ = env.advance(action)
-        if terminated:
+    """The episode is cut off after exactly _max_episode_steps, unless it succeeds or fails before."""
+    low, high, limit = env.action_space.low, env.action_space.high, env._max_episode_steps
+    ends = []
+    for action in (np.clip(np.zeros_like(low), low, high), low, high):
+        env.restart(SEED)
+        step, terminated, truncated = 0, False, False
+        while step < limit and not (terminated or truncated):
+            _, terminated, truncated, _ = env.advance(action)
+            step += 1
+        if terminated or step == limit:
+            _require(terminated or truncated, f"truncated is {truncated} at step {step}")
             return
-        _require(truncated == (step == env._max_episode_steps), f"truncated is {truncated} at step {step}")
+        ends.append(step)
+    # Failures that depend on the actions come at different steps.
+    _require(len(set(ends)) > 1, f"truncated is True at step {ends[0]}, with three different actions")
 
 
 @_promise
@@ -357,3 +406,33 @@ def _terminates_with_success(env: Any) -> None:
         _require(terminated == info["success"], f"terminated is {terminated} and success {info['success']} at step {step}")
         if terminated or truncated:
             return
+
+
+@_promise
+def _expert(env: Any) -> None:
+    """A scripted expert keeps to the range of the actions, and after its success the next step is executed."""
+    if env.name.partition("/")[0] not in suites():
+        return
+    try:
+        expert = expert_for(env.name)
+        env.restart(SEED, RANDOM_START)
+        clean_action(expert, env)
+    except CapabilityError:  # this task has none
+        return
+    for seed in range(SEED, SEED + 3):
+        env.restart(seed, RANDOM_START)
+        expert = expert_for(env.name)
+        for _ in range(env._max_episode_steps):
+            _, _, truncated, info = env.advance(clean_action(expert, env))
+            if truncated:
+                break
+            if info["success"]:
+                _step_after_success(env, clean_action(expert, env))
+                return
+
+
+def _step_after_success(env: Any, action: np.ndarray) -> None:
+    try:
+        env.advance(action)
+    except Exception as problem:
+        raise Broken(f"the step after a success is refused ({problem}), which recordings of the end need") from problem

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.simulators import gl
-from vlaflow.simulators.base import Environment, pixels
+from vlaflow.simulators.base import Environment, owned, pixels
 from vlaflow.spec import Observation
 
 gl.prepare()
@@ -95,13 +95,13 @@ class ChunkEnv(gymnasium.Wrapper):
     def restart(self, seed: int | None = None, options: dict[str, Any] | None = None) -> dict[str, Any]:
         """Start an episode without rendering (except the first frame of a video); returns info."""
         info = self._inner.restart(seed, options)
-        self.frames = [self._inner.render()] if self._video else []
+        self.frames = [np.array(self._inner.render())] if self._video else []
         return info
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start an episode: (observation, info)."""
         observation, info = self._inner.reset(seed=seed, options=options)
-        self.frames = [self._inner.render()] if self._video else []
+        self.frames = [np.array(self._inner.render())] if self._video else []
         return observation, info
 
     def execute(self, chunk: np.ndarray) -> ChunkOutcome:
@@ -124,7 +124,7 @@ class ChunkEnv(gymnasium.Wrapper):
             truncated = truncated or (info["steps"] >= self._max_episode_steps)
             last = terminated or truncated
             if self._video and (last or info["steps"] % self._video_every == 0):
-                self.frames.append(self._inner.render())
+                self.frames.append(np.array(self._inner.render()))
             if last:
                 break
         return ChunkOutcome(steps, total, terminated, truncated, info)
@@ -132,10 +132,10 @@ class ChunkEnv(gymnasium.Wrapper):
     def step(self, chunk: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Execute a chunk, then render once: (observation, summed reward, terminated, truncated, info with ``executed``)."""
         done = self.execute(chunk)
-        observed = self._inner.observe()
+        observed = self.observe()
         observation = {"pixels": pixels(observed.images), "agent_pos": observed.state}
         return observation, done.reward, done.terminated, done.truncated, {**done.info, "executed": done.steps}
 
     def observe(self) -> Observation:
         """The current observation; rendered at most once per step."""
-        return self._inner.observe()
+        return owned(self._inner.observe())

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.ranges import Fraction, NotNegative, require_ranges
 from vlaflow.simulators.base import Environment, Expert, parse_env_name, suite_of
 
@@ -38,6 +38,29 @@ def expert_for(name: str) -> Expert:
     if expert is None:
         raise CapabilityError(f"The suite '{suite}' has no scripted experts; record by teleoperation, or use 'metaworld/...'.")
     return expert(task)
+
+
+def clean_action(expert: Expert, env: Environment, error: np.ndarray | None = None) -> np.ndarray:
+    """What an expert does now, (D,) float32.
+
+    Args:
+        expert, env: the expert and its environment.
+        error: see ``Expert``; None for a right assumption.
+
+    Raises:
+        SpecError: for an action of another shape, or with a value outside the range of the action spec.
+    """
+    spec = env.action_spec
+    action = np.array(expert(env) if error is None else expert(env, error), np.float32)
+    if action.shape != (spec.dim,):
+        raise SpecError(f"The expert of {env.name} must return {spec.dim} numbers, got an array of shape {action.shape}.")
+    for dimension, value, low, high in zip(spec.dimensions, action, spec.low, spec.high, strict=True):
+        if not low <= value <= high:
+            raise SpecError(
+                f"The expert of {env.name} returned {value:g} for '{dimension.name}', which lies in [{low:g}, {high:g}]. "
+                "Let it clip its actions to the range of the suite's action spec."
+            )
+    return action
 
 
 class Wandering:
@@ -83,7 +106,10 @@ MISJUDGED = 0.5
 
 @dataclass(frozen=True)
 class Noise:
-    """Differences between the executed action and the label, in units of the action (±1 is the full range).
+    """Differences between the executed action and the label.
+
+    Scales are shares of the largest displacement, which is half the range of a dimension of the action spec. Where the range is
+    infinite, they are in its own unit.
 
     Args:
         scale: standard deviation on the movement dimensions; 0 executes the clean action.
@@ -157,12 +183,15 @@ class Noisy:
             self.error = self._noise.misjudge * self._generator.standard_normal(3) if self.error is None else None
             self._left = int(self._generator.integers(*(SOUND if self.error is None else WRONG)))
         self._left -= 1
-        clean = self._expert(env)
-        done = clean if self.error is None else self._expert(env, self.error)
+        clean = clean_action(self._expert, env)
+        done = clean if self.error is None else clean_action(self._expert, env, self.error)
         fresh = self._generator.standard_normal(clean.shape)
         memory = self._noise.memory
         self._state = fresh if self._state is None else memory * self._state + np.sqrt(1 - memory**2) * fresh
-        executed = np.clip(done + self._deviation * self._state, env.action_spec.low, env.action_spec.high)
+        low, high = env.action_spec.low, env.action_spec.high
+        largest = (high - low) / 2
+        largest[~np.isfinite(largest)] = 1
+        executed = np.clip(done + self._deviation * largest * self._state, low, high)
         return executed.astype(np.float32), clean
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from vlaflow.config import to_json
 from vlaflow.data.lerobot import EXECUTED_KEY
 from vlaflow.data.video import encode_video
 from vlaflow.data.writer import Writer
@@ -37,7 +38,9 @@ from vlaflow.simulators.base import (
     expand_env_names,
     postponed,
     rendering_versions,
+    require_size,
     simulator_spec,
+    suite_package,
 )
 from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
 from vlaflow.simulators.recording import KEPT, Demonstration, Recording, RecordJob, finished_before, keep, video_file
@@ -136,6 +139,7 @@ def record(
     jobs = episode_jobs(config)
     spec = simulator_spec(config.envs[0].partition("/")[0])
     side = config.size or spec.size[config.render]
+    require_size(side)
     if side % 2:
         raise ConfigError(f"Videos need an even number of pixels, got {side}; choose --size {side - 1} or {side + 1}.")
     seeds: dict[str, list[int]] = {job.env: [] for job in jobs}
@@ -144,7 +148,17 @@ def record(
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in ("envs", "episodes")},
         "size": side,
-        "versions": versions() | rendering_versions(config.envs, config.render),
+        "versions": _versions(config),
+        # What an engineer may change between two tries; the suite's code may, too, which only its version would tell.
+        "suite": to_json(
+            {
+                "action": spec.action,
+                "state_names": spec.state_names,
+                "views": spec.views,
+                "tasks": dict(spec.tasks),
+                "max_steps": dict(spec.max_steps),
+            }
+        ),
     }
     require_writable_folder(out.parent)
     with (
@@ -218,8 +232,14 @@ def _provenance(
         "seed": config.seed,
         "seeds": seeds,
         "failed": failed,
-        "versions": versions() | rendering_versions(config.envs, config.render),
+        "versions": _versions(config),
     }
+
+
+def _versions(config: RecordConfig) -> dict[str, str]:
+    """What the bytes of an episode depend on besides its settings."""
+    suite = config.envs[0].partition("/")[0]
+    return versions() | suite_package(suite) | rendering_versions(config.envs, config.render)
 
 
 def _record_episode(job: RecordJob, config: RecordConfig, size: int, folder: Path) -> Demonstration:
@@ -232,9 +252,11 @@ def _record_episode(job: RecordJob, config: RecordConfig, size: int, folder: Pat
     env = found.env
     for view, (height, width) in env.views.items():
         if (height, width) != (size, size):
+            sides = {side for each in env.views.values() for side in each}
+            cure = f"Record square images of its own size, --size {height}, or let" if sides == {height // 2 * 2} else "Let"
             raise ConfigError(
-                f"{job.env} renders '{view}' with {width}x{height} pixels, not {size}x{size}. Record square images of its own "
-                f"size, --size {height}, or let its suite's build use the size that it is given."
+                f"{job.env} renders '{view}' with {width}x{height} pixels, not {size}x{size}. {cure} its suite's build render "
+                "every view as a square of the size that it is given."
             )
     frames = [step.observe() for step in found.steps if step.observe]
     with storing(folder.parent, kept=KEPT):
@@ -315,8 +337,10 @@ def find_episode(
         steps = _play(env, expert, config.after_success, observable)
         if steps is not None:
             return ExpertEpisode(env, seed, attempt + 1, steps)
+    disturbed = noise.scale or noise.gripper or noise.misjudge
+    cure = "Use less noise, and another --out." if disturbed else "Correct the expert, or leave this environment out."
     raise DataError(
-        f"The expert of {name} failed with {config.attempts} seeds in a row, the last one {seed}, with {noise}. Use less noise."
+        f"The expert of {name} failed with {config.attempts} seeds in a row, the last one {seed}, with {noise}. {cure}"
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class RecordJob:
     @property
     def stem(self) -> str:
         """Beginning of the names of its files."""
-        return f"{self.env.replace('/', '_')}-{self.episode}"
+        return f"{quote(self.env, safe='')}-{self.episode}"
 
 
 @dataclass(frozen=True)
@@ -134,15 +135,28 @@ class Recording:
     def _require(self, settings: Mapping[str, Any]) -> None:
         file, number = self.folder / SETTINGS, sum(1 for _ in self.folder.glob("*.npz"))
         if number:
-            before = _read(file)
-            for name, value in settings.items():
-                if before.get(name) != value:
+            stored = _read(file)
+            for key, value in settings.items():
+                if found := _difference(key, stored.get(key), value):
+                    name, before, now = found
                     raise ConfigError(
-                        f"{self.folder} holds {number} episodes of an unfinished recording with {name} = {before.get(name)}, "
-                        f"not {value}. Repeat its command to continue it, remove that folder, or choose another --out."
+                        f"{self.folder} holds {number} episodes of an unfinished recording with {name} = {before}, "
+                        f"not {now}. Repeat its command to continue it, remove that folder, or choose another --out."
                     )
         else:
             write_json(file, settings, indent=1)
+
+
+def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """The first value in which two settings differ, with its name: ("noise[0].scale", 0.1, 0.2)."""
+    inner: list[tuple[str, Any, Any]]
+    if isinstance(before, dict) and isinstance(now, dict):
+        inner = [(f"{name}.{key}", before.get(key), now.get(key)) for key in {**before, **now}]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        inner = [(f"{name}[{place}]", *pair) for place, pair in enumerate(zip(before, now, strict=True))]
+    else:
+        return None if before == now else (name, before, now)
+    return next((found for each in inner if (found := _difference(*each))), None)
 
 
 def sweep_finished(out: Path) -> None:
