@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(a.threads)
     folder = local_folder(a.checkpoint)
     policy = Policy.from_pretrained(folder)
-    folder = policy.folder or folder  # that of all robots, where one robot's was given
+    folder = policy.folder or folder  # that of the robot, where the checkpoint has several
     weights = fingerprint(folder)
     computes = parse_all(a.compute or (default_name(folder),), Knobs(threads=a.threads), Checkpoint(folder, weights))
     lengths = tuple(sorted({len(text.encode()) for text in a.instruction})) or default_lengths(policy)
