@@ -1,5 +1,6 @@
 """The folders of a checkpoint's robots: by whatever path, and as what they are."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,24 @@ def test_a_robots_folder_without_its_checkpoint_is_one_sentence(both, tmp_path):
     shutil.copytree(both / "robots/mine", tmp_path / "copied")
     with pytest.raises(CheckpointError, match="copied is one robot's part of a checkpoint, without the networks"):
         Policy.from_pretrained(tmp_path / "copied")
+
+
+def test_what_belongs_to_another_checkpoint_is_refused_at_opening(both, tmp_path):
+    """Not at the first observation, whose length would be blamed; or never, where a chunk is shorter than the spec says."""
+    robot = json.loads((both / "robots/mine/robot.json").read_text())
+    short = {key: value[:3] if isinstance(value, list) else value for key, value in robot["stats"]["state"].items()}
+    for change, said in (
+        ({"stats": {**robot["stats"], "action": short}}, "holds statistics of 3 action dimensions; the robot has 4"),
+        ({"action_spec": {**robot["action_spec"], "chunk_size": 99}}, "names chunks of 99 actions, but config.json of 8"),
+    ):
+        (both / "robots/mine/robot.json").write_text(json.dumps(robot | change))
+        with pytest.raises(CheckpointError, match=rf"robot\.json {said}.*copy the whole folder again"):
+            Policy.from_pretrained(both, robot="mine")
+    make_policy(rater=False).save_pretrained(tmp_path / "one")
+    stats = json.loads((tmp_path / "one/stats.json").read_text())
+    (tmp_path / "one/stats.json").write_text(json.dumps(stats | {"state": short}))
+    with pytest.raises(CheckpointError, match=r"stats\.json holds statistics of a state of 3 numbers, but config\.json says 4"):
+        Policy.from_pretrained(tmp_path / "one")
 
 
 def test_training_continues_all_of_a_checkpoint_whichever_folder_names_it(both):
