@@ -144,6 +144,37 @@ def test_other_kinds_of_encoders_are_refused(tmp_path, file, content, message):
         SentenceEncoder.open(str(tmp_path / "bert"))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\x40" + bytes(7) + b"{}"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"[]"),
+        ("config.json", None),
+        ("tokenizer_config.json", b'{"a": '),
+    ],
+)
+def test_a_damaged_encoder_is_one_sentence(folder, tmp_path, file, content):
+    """A copy that was cut short, most of all: the weights are by far the largest file."""
+    SentenceEncoder.open(str(folder)).save(tmp_path / "bert")
+    (tmp_path / "bert" / file).unlink()
+    if content is not None:
+        (tmp_path / "bert" / file).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"bert.*copy (it|the encoder's folder) again\.$") as raised:
+        SentenceEncoder.open(str(tmp_path / "bert"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_others_may_read_a_saved_encoder_as_they_may_the_policy(folder, tmp_path):
+    """A policy that one user trains is served by another."""
+    policy = make_policy(folder)
+    policy.save_pretrained(tmp_path)
+    modes = {file.relative_to(tmp_path): file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_an_encoder_that_is_not_there_is_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"nobody/nothing' could not be fetched .* Give the path of its folder\."):

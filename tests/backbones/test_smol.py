@@ -1,6 +1,7 @@
 """SmolLM2's family against transformers' own forward pass, on a small random model; the published weights: make test-smol."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -132,6 +133,13 @@ def test_an_encoder_is_that_of_transformers_and_its_features_are_folded_to_cells
         smol_config(folder, vision=f"transformers:{encoder}", image_size=48).build()
     with pytest.raises(ConfigError, match="cannot be folded"):
         smol_config(folder, vision=f"transformers:{encoder}", cell=4).build()
+
+
+def test_an_encoder_without_image_settings_is_one_sentence(folder, encoder, tmp_path):
+    copied = shutil.copytree(encoder, tmp_path / "copied")
+    (copied / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"copied' is no vision model .* copy it again\.$"):
+        smol_config(folder, vision=f"transformers:{copied}", cell=16).build()
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -1,5 +1,6 @@
 """Where programs are kept and when they are refused. A stand-in compiler keeps each program in memory; its file names it."""
 
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -17,6 +18,8 @@ from vlaflow.compute.cost import ChunkWork, CostModel, Work
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.parse import parse
 from vlaflow.compute.spelling import Checkpoint, Knobs
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.engine import aoti, plan, store
 from vlaflow.engine.deploy import DeploymentPlan
 from vlaflow.errors import CalibrationError, CapabilityError, DeploymentError
@@ -25,6 +28,8 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.deployment import build, default_lengths
 from vlaflow.policies.engines import for_budgets, timed, with_engine
 from vlaflow.policies.provenance import fingerprint
+from vlaflow.policies.robots import Robot
+from vlaflow.spec import Observation
 from vlaflow.versions import processor
 
 SEEN = helpers.observation()
@@ -150,6 +155,53 @@ def test_what_others_can_write_is_refused(deployed):
     place.symlink_to(outside)
     with pytest.raises(DeploymentError, match="is a link"):
         Policy.from_pretrained(deployed, engine="aoti")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_programs_are_private_where_a_users_files_belong_to_a_group(compiler, checkpoint):
+    """Many systems give every user a group and let it write: what deploy wrote must not be refused as anybody's."""
+    before = os.umask(0o002)
+    try:
+        build(Policy.from_pretrained(checkpoint), checkpoint, PLAN, say=lambda program: None)
+    finally:
+        os.umask(before)
+    assert Policy.from_pretrained(checkpoint, engine="aoti").model.engine == "aoti f32"
+
+
+STATES, VIEWS = {"small": 3, "wide": 4}, {"small": ("image",), "wide": ("image", "wrist")}
+
+
+@pytest.mark.parametrize(
+    ("decoder", "names"),
+    [
+        (FlowConfig(4, 6), ("dense:2", "dense:2,heun")),
+        (FlowConfig(4, 6, padded_dim=8), ("dense:2",)),
+        (RegressionConfig(4, 6), ("dense",)),
+    ],
+)
+def test_every_robot_of_a_checkpoint_can_be_deployed(compiler, tmp_path, decoder, names):
+    """Also one with a shorter state, chunk and action, and fewer views, than others: all of its steps are programs."""
+    config = helpers.policy_config()
+    config = replace(config, backbone=replace(config.backbone, views=("image", "wrist")), decoder=decoder)
+    robots = {
+        name: Robot(
+            helpers.action_spec(dim).with_chunk_size(2 + dim),
+            {"state": helpers.feature_stats(dim), "action": helpers.feature_stats(dim)},
+            VIEWS[name],
+        )
+        for name, dim in STATES.items()
+    }
+    first = robots["small"]
+    Policy.create(config, first.action_spec, first.stats, 0, robots=robots).save_pretrained(tmp_path / "policy")
+    for robot, dim in STATES.items():
+        folder = tmp_path / "policy/robots" / robot
+        assert main([str(folder), *(word for name in names for word in ("--compute", name))]) == 0
+        images = {view: helpers.observation(number).images["image"] for number, view in enumerate(VIEWS[robot])}
+        seen = Observation(images, np.arange(dim, dtype=np.float32), "Open a drawer")
+        eager, policy = Policy.from_pretrained(folder), Policy.from_pretrained(folder, engine="aoti")
+        for compute in map(parse, names):
+            np.testing.assert_allclose(policy.act(seen, compute).actions, eager.act(seen, compute).actions, atol=1e-5)
+        assert not policy.model.programs.missed
 
 
 def test_a_damaged_program_is_refused(deployed, capsys):

@@ -23,6 +23,7 @@ from vlaflow.backbones.pretrained_processor import (
     ChatProcessor,
     Reader,
     open_pretrained,
+    read_settings,
     require_chat_template,
     transformers_library,
     where,
@@ -117,7 +118,7 @@ class MolmoReader(Reader):
         if known.exists():
             image_processor = from_json(ImagePatches, read_json(known), str(known))
         else:
-            settings, _ = hub.Molmo2Processor.get_processor_dict(source)
+            settings = read_settings(hub.Molmo2Processor.get_processor_dict, source, NAME)
             image_processor = _image_patches(settings, source)
         require_chat_template(tokenizer, settings, source)
         return cls(tokenizer, image_processor)
@@ -193,7 +194,7 @@ class MolmoProcessor(ChatProcessor[MolmoReader]):
 
 def _image_patches(settings: dict[str, Any], source: str) -> ImagePatches:
     inner = settings.get("image_processor")
-    own = inner if isinstance(inner, dict) else open_pretrained(_Settings, source, NAME)
+    own = inner if isinstance(inner, dict) else _image_settings(source)
     size = own.get("size", {"height": ImagePatches.side})
     columns = settings.get("use_single_crop_col_tokens")
     return ImagePatches(
@@ -207,12 +208,5 @@ def _image_patches(settings: dict[str, Any], source: str) -> ImagePatches:
     )
 
 
-class _Settings:
-    """The image settings of a folder or Hub name, as JSON data."""
-
-    @staticmethod
-    def from_pretrained(source: str) -> dict[str, Any]:
-        import transformers
-
-        found, _ = transformers.ImageProcessingMixin.get_image_processor_dict(source)
-        return dict(found)
+def _image_settings(source: str) -> dict[str, Any]:
+    return read_settings(transformers_library(NAME, FAMILY).ImageProcessingMixin.get_image_processor_dict, source, NAME)

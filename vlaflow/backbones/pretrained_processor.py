@@ -10,10 +10,10 @@ Shape letters: B batch, P prompt tokens, T answer tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from vlaflow.backbones.inputs import Inputs, Processor, require_state
 from vlaflow.backbones.language import IGNORED
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, SpecError
+from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, SpecError, VlaflowError
 
 FOLDER = "processor"
 """Of a checkpoint: tokenizer, chat template and image settings, all JSON."""
@@ -245,9 +245,25 @@ def transformers_library(name: str, family: str) -> ModuleType:
 
 
 def open_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
-    """``kind.from_pretrained``; what a user can fix becomes one sentence."""
+    """``kind.from_pretrained``; what a user can fix becomes one sentence.
+
+    Raises:
+        ConfigError: there is none, or a file of it is damaged, for which its libraries have many kinds of errors.
+    """
     try:
         return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"'{source}' is no {name} folder or Hub name that can be opened: {reason}") from error
+    except (VlaflowError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        cure = " If it was copied, copy it again." if Path(source).is_dir() else ""
+        raise ConfigError(f"'{source}' is no {name} folder or Hub name that can be opened: {reason}.{cure}") from error
+
+
+def read_settings(reading: Callable[[str], tuple[dict[str, Any], Any]], source: str, name: str) -> dict[str, Any]:
+    """The settings that one of transformers' functions reads in a folder or Hub name, as JSON data.
+
+    Raises:
+        ConfigError: see ``open_pretrained``.
+    """
+    return dict(open_pretrained(SimpleNamespace(from_pretrained=reading), source, name)[0])

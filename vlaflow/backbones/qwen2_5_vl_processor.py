@@ -18,6 +18,7 @@ from vlaflow.backbones.pretrained_processor import (
     ChatProcessor,
     Reader,
     open_pretrained,
+    read_settings,
     require_chat_template,
     transformers_library,
     where,
@@ -45,7 +46,7 @@ class QwenReader(Reader):
         hub = transformers_library(NAME, FAMILY)
         tokenizer = open_pretrained(hub.AutoTokenizer, source, NAME)
         image_processor = open_pretrained(hub.AutoImageProcessor, source, NAME, backend="pil")
-        settings, _ = hub.Qwen2_5_VLProcessor.get_processor_dict(source)
+        settings = read_settings(hub.Qwen2_5_VLProcessor.get_processor_dict, source, NAME)
         require_chat_template(tokenizer, settings, source)
         return cls(tokenizer, image_processor)
 

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from vlaflow.backbones.pretrained_processor import FOLDER, open_pretrained, transformers_library
 from vlaflow.errors import CheckpointError, ConfigError, SpecError
+from vlaflow.io import save_tensors
 from vlaflow.outputs import write_json
 from vlaflow.packages import folders, missing
 from vlaflow.strict import read_json, read_object
@@ -96,7 +97,7 @@ class SentenceEncoder:
         """
         hub = transformers_library(NAME, "bert")
         folder = _folder(source)
-        kind = _json(folder / "config.json").get("model_type")
+        kind = read_object(folder / "config.json", ConfigError, AGAIN).get("model_type")
         if kind != "bert":
             raise ConfigError(f"'{source}' is a model of type {kind!r}; a sentence encoder must be a BERT, such as {MINILM}.")
         _require_mean(folder, source)
@@ -118,8 +119,10 @@ class SentenceEncoder:
 
     def save(self, folder: Path) -> None:
         """Write everything that ``open`` reads."""
-        self._model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+        self._model.config.save_pretrained(folder)
+        # not by transformers, whose file only the one who wrote it may read, and which has no checksum
+        save_tensors(folder / "model.safetensors", self._model.state_dict(), about={"format": "pt"})
         write_json(folder / LIMITS, {"max_seq_length": self._limit})
 
     def _remembered(self, sentence: str) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vlaflow.backbones.pretrained_processor import open_pretrained
+from vlaflow.backbones.pretrained_processor import open_pretrained, read_settings
 from vlaflow.backbones.tiny import ConvStem
 from vlaflow.errors import ConfigError
 from vlaflow.packages import require
@@ -181,7 +181,7 @@ def _transformers(source: str, spec: EncoderSpec | None, hub: ModuleType, dtype:
     config = network.config
     if not hasattr(config, "patch_size") and not hasattr(config, "num_channels"):
         raise ConfigError(f"'{source}' is a model of type {config.model_type}, which reads no images.")
-    settings, _ = hub.BaseImageProcessor.get_image_processor_dict(source)
+    settings = read_settings(hub.BaseImageProcessor.get_image_processor_dict, source, "vision model")
     mean, std = (tuple(settings.get(key, HALF)) for key in ("image_mean", "image_std"))
     dropped = ("transformers_version", "dtype", "architectures", "model_type", "_name_or_path")
     architecture = {key: value for key, value in config.to_diff_dict().items() if key not in dropped}

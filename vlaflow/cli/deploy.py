@@ -59,15 +59,14 @@ def main(argv: list[str]) -> int:
     from vlaflow.engine import store
     from vlaflow.engine.deploy import DeploymentPlan
     from vlaflow.policies.base import Policy
-    from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.deployment import build, default_lengths
     from vlaflow.policies.provenance import fingerprint
+    from vlaflow.policies.robots import robot_folder
 
     store.require_compiler(a.engine)
     torch.set_num_threads(a.threads)
-    folder = local_folder(a.checkpoint)
+    folder = robot_folder(a.checkpoint, None)
     policy = Policy.from_pretrained(folder)
-    folder = policy.folder or folder  # that of all robots, where one robot's was given
     weights = fingerprint(folder)
     computes = parse_all(a.compute or (default_name(folder),), Knobs(threads=a.threads), Checkpoint(folder, weights))
     lengths = tuple(sorted({len(text.encode()) for text in a.instruction})) or default_lengths(policy)

@@ -158,11 +158,11 @@ def chosen(checkpoint: str, name: str, config: EvaluationConfig) -> str:
     from vlaflow.compute.auto import calibrated
     from vlaflow.compute.budget import within
     from vlaflow.compute.spelling import Checkpoint
-    from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.engines import for_budgets
     from vlaflow.policies.provenance import fingerprint
+    from vlaflow.policies.robots import robot_folder
 
-    folder = local_folder(checkpoint)
+    folder = robot_folder(checkpoint, None)
     if name == "auto":
         found = calibrated(folder, fingerprint, config.knobs)
         return found.name if found else name

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from vlaflow.data.batch import Batch, ObservationBatch
@@ -223,4 +223,4 @@ def _write(file: Path, value_NK: np.ndarray) -> None:
     """Write the table so that it is complete or absent, even if the process is killed."""
     kept = "nothing of it was kept. Make room, or set VLAFLOW_CACHE to another folder"
     with whole_file(file, "The table of codes", kept) as part:
-        save_file({"value_NK": value_NK}, part)
+        part.write_bytes(save({"value_NK": value_NK}))  # save_file would put another file in its place, of this user alone

@@ -213,9 +213,7 @@ class FlowDecoder(Decoder[FlowState]):
         token_BTW = codec.encode(x_BLX, clock_BL) if time_BTW is None else codec.enter(x_BLX, time_BTW)
         made_BLX = self.answer(self.stack(token_BTW, prefix), prefix.depth)
         mask_BLX = self._mask(prefix.action_mask_BLD, x_BLX)
-        if mask_BLX is None:
-            return made_BLX
-        return torch.where(mask_BLX, made_BLX.float(), x_BLX / clock_BL[..., None].clamp(min=_SMALLEST))
+        return made_BLX if mask_BLX is None else torch.where(mask_BLX, made_BLX.float(), noise_velocity(x_BLX, clock_BL))
 
     def answer(self, hidden_BTW: Tensor, depth: int) -> Tensor:
         """Velocity (B, L, X) that the head of a depth makes of the stack's hidden states."""
@@ -342,6 +340,11 @@ class FlowDecoder(Decoder[FlowState]):
         if action_mask_BLD is not None:
             return functional.pad(action_mask_BLD, (0, extra)).repeat_interleave(len(like_BLX) // len(action_mask_BLD), 0)
         return torch.arange(like_BLX.shape[-1], device=like_BLX.device) < self.action_dim if extra else None
+
+
+def noise_velocity(x_BLX: Tensor, clock_BL: Tensor) -> Tensor:
+    """dx/dt of what is no action, x/t: it stays noise times clock."""
+    return x_BLX / clock_BL[..., None].clamp(min=_SMALLEST)
 
 
 def _without_padding(action_BLD: Tensor, mask_BLD: Tensor | None) -> Tensor:

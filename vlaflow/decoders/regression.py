@@ -98,9 +98,14 @@ class RegressionDecoder(Decoder[RegressionState]):
     def answers(self, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
         """Normalised chunks (B, L, D) at each of the depths."""
         hidden = self._hidden_states(prefix, depths)
-        mask_BLD = prefix.action_mask_BLD
         made = [self.answer(hidden_BLW, depth) for hidden_BLW, depth in zip(hidden, depths, strict=True)]
-        return made if mask_BLD is None else [torch.where(mask_BLD, made_BLD, 0.0) for made_BLD in made]
+        return [self.masked(made_BLD, prefix) for made_BLD in made]
+
+    @staticmethod
+    def masked(action_BLD: Tensor, prefix: Prefix) -> Tensor:
+        """The chunk with 0 in the dimensions and steps that the observation's robot lacks."""
+        mask_BLD = prefix.action_mask_BLD
+        return action_BLD if mask_BLD is None else torch.where(mask_BLD, action_BLD, 0.0)
 
     def answer(self, hidden_BLW: Tensor, depth: int) -> Tensor:
         """Normalised chunk (B, L, D) that the head of a depth makes of the queries' hidden states."""

@@ -1,8 +1,8 @@
 """The model of a deployed policy: the same primitives as any other, computed by programs where there is one for the shapes.
 
 Compute policies call ``embed``, ``read`` and the decoder's steps as ever and need not know. What has no program (a larger
-batch, a longer instruction, one robot of several, guidance, which needs gradients) is computed by the folded networks: the
-chunk is the same, only later. Nothing is ever compiled here.
+batch, a longer instruction, guidance, which needs gradients) is computed by the folded networks: the chunk is the same, only
+later. Nothing is ever compiled here.
 
 Shape letters: B batch, L chunk size, X padded action dimension, N solver steps, T tokens, W width.
 """
@@ -22,7 +22,7 @@ from vlaflow.backbones.inputs import Inputs
 from vlaflow.decoders.autoregressive import AutoregressiveDecoder
 from vlaflow.decoders.base import Decoder
 from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
-from vlaflow.decoders.flow import FlowDecoder, FlowState
+from vlaflow.decoders.flow import FlowDecoder, FlowState, noise_velocity
 from vlaflow.decoders.latent_flow import LatentFlowDecoder
 from vlaflow.decoders.latent_reader import LatentReader, Written
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionDecoder
@@ -120,14 +120,18 @@ class DeployedFlow(Deployed, FlowDecoder):
 
     def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:
         """See ``Decoder``."""
-        plain = state.guidance is None and prefix.action_mask_BLD is None and len(state.x_BLX) == prefix.batch
+        plain = state.guidance is None and len(state.x_BLX) == prefix.batch
         program = self.programs.find(programs.reading_key("step", prefix)) if plain else None
         if program is None:
             return super().advance(state, prefix, steps)
         count, read = state.sampling.steps, programs.reading_inputs(prefix)
+        mask_BLX = None if prefix.action_mask_BLD is None else self._mask(prefix.action_mask_BLD, state.x_BLX)
 
         def step(from_BLX: Tensor, at_BLX: Tensor, clock_BL: Tensor, delta_BL: Tensor, time_BTW: Tensor) -> Tensor:
-            return program([from_BLX, at_BLX, clock_BL, delta_BL, time_BTW, *read])[0]
+            (made_BLX,) = program([from_BLX, at_BLX, clock_BL, delta_BL, time_BTW, *read])
+            if mask_BLX is None:
+                return made_BLX
+            return torch.where(mask_BLX, made_BLX, from_BLX + delta_BL[..., None] * noise_velocity(at_BLX, clock_BL))
 
         def velocity(x_BLX: Tensor, clock_BL: Tensor) -> Tensor:
             return step(torch.zeros_like(x_BLX), x_BLX, clock_BL, torch.ones_like(clock_BL), self.codec.times(clock_BL))
@@ -166,7 +170,7 @@ class DeployedRegression(Deployed, RegressionDecoder):
         program = self.programs.find(programs.reading_key("answer", prefix)) if state.action_BLD is None else None
         if program is None:
             return super().advance(state, prefix, steps)
-        return RegressionState(program(programs.reading_inputs(prefix))[0])
+        return RegressionState(self.masked(program(programs.reading_inputs(prefix))[0], prefix))
 
 
 class DeployedTokens(Deployed, TokenDecoder[Any]):

@@ -220,8 +220,9 @@ def require_compiler(compiler: Compiler) -> None:
 
 
 def write(deployment: Deployment, to: Path) -> None:
-    """Write the manifest."""
+    """Write the manifest, which others may not write whatever the umask is."""
     write_json(to / MANIFEST, to_json(deployment))
+    (to / MANIFEST).chmod(0o600)
 
 
 def _require_private(*places: Path) -> None:

@@ -24,9 +24,9 @@ from vlaflow.evaluation.rollout import EpisodeJob, EpisodeResult, RolloutConfig,
 from vlaflow.hub import origin
 from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.engines import for_budgets
 from vlaflow.policies.provenance import fingerprint
+from vlaflow.policies.robots import robot_folder
 from vlaflow.policies.seeds import chunk_generator, recorded
 from vlaflow.progress import progress
 from vlaflow.simulators.base import expand_env_names, rendering_versions
@@ -147,7 +147,7 @@ def prepare(checkpoint: Path | str, config: EvaluationConfig) -> PreparedEvaluat
     Raises:
         VlaflowError: they do not fit together, in a sentence.
     """
-    folder = local_folder(checkpoint)
+    folder = robot_folder(checkpoint, None)
     envs = expand_env_names(config.envs)
     home = Checkpoint(folder, fingerprint(folder))
     config = replace(config, computes=config.computes or (default_name(folder),))

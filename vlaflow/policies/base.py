@@ -441,7 +441,7 @@ class Policy:
         folder = local_folder(path)
         written = {key: value for key, value in read_json(folder / "config.json").items() if key != "vlaflow"}
         config = from_json(PolicyConfig, written, str(folder / "config.json"))
-        action_spec, stats, robots = read_robots(folder)
+        action_spec, stats, robots = read_robots(folder, config)
         model = config.opened(folder / "model.safetensors", device)
         if is_bf16(dtype):
             round_matrices(blocks_of(model))

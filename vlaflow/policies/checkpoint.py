@@ -21,16 +21,28 @@ def home_of(folder: Path) -> Path:
 
 
 def local_folder(path: Path | str) -> Path:
-    """A checkpoint's folder, fetched from the Hub if ``path`` names a repository (``hub.hub_name``).
+    """A checkpoint's folder, fetched from the Hub if ``path`` names a repository (``hub.hub_name``); a robot's is absolute.
 
     Raises:
-        CheckpointError: there is no such folder.
+        CheckpointError: there is no such folder, or it is a robot's without its checkpoint.
         VlaflowError: see ``hub.hub_name`` and ``hub.download``.
     """
     folder = Path(path)
     if not folder.is_dir():
+        if folder.is_file():
+            raise CheckpointError(f"{folder} is a file; give the folder of the checkpoint.")
         name = hub_name(path, "checkpoint")
         if name is None:
             raise CheckpointError(f"There is no checkpoint folder {folder}. Train one: vlaflow train asyncvla.demo --help")
         folder = download(name, "checkpoint", PATTERNS, REQUIRED)[0]
-    return folder / LEROBOT if (folder / LEROBOT / "config.json").exists() else folder
+    if (folder / LEROBOT / "config.json").exists():
+        return folder / LEROBOT
+    if not (folder / ROBOT).exists():
+        return folder
+    folder = folder.resolve()  # a link or a path such as "." does not say where it lies
+    if not (home_of(folder) / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} is one robot's part of a checkpoint, without the networks. Copy the whole checkpoint, and give CKPT or "
+            f"CKPT/robots/NAME."
+        )
+    return folder

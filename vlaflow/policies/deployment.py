@@ -65,7 +65,7 @@ def _inputs(policy: Policy, plan: DeploymentPlan) -> Iterator[Inputs]:
     prepare = replace(policy, backbone_processor=policy.processor.backbone.bucketed(plan.lengths)).processor
     for length in plan.lengths or (None,):
         for batch in plan.batches:
-            yield prepare(ObservationBatch.collate([_observed(policy, length)] * batch))
+            yield prepare(policy.own(ObservationBatch.collate([_observed(policy, length)] * batch)))
 
 
 def _observed(policy: Policy, length: int | None) -> Observation:
@@ -100,5 +100,5 @@ def _compared(policy: Policy, made: Policy, plan: DeploymentPlan) -> Speed:
 def _normalised(policy: Policy, observed: Observation, compute: ComputePolicy) -> torch.Tensor:
     """A chunk as the networks make it."""
     with torch.inference_mode():
-        prefix = policy.embed(ObservationBatch.collate([observed]))
+        prefix = policy.embed(policy.own(ObservationBatch.collate([observed])))
         return compute.decode(policy.model, prefix, [Generator().manual_seed(0)], Stopwatch(policy.device)).action_BLD

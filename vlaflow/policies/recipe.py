@@ -31,7 +31,7 @@ from vlaflow.errors import CapabilityError, DataError
 from vlaflow.hub import origin
 from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
-from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.dry_run import DryRun
 from vlaflow.policies.early_stop import EarlyStop
 from vlaflow.policies.parts import require_even
@@ -181,7 +181,7 @@ class Base:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        folder = local_folder(path)
+        folder = home_of(local_folder(path))
         return Base(Policy.of_all_robots(folder), str(path), folder)
 
     def identity(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from vlaflow.strict import require_form
 from vlaflow.text import shown
 
 FILE, FOLDER = "robots.json", "robots"
+_AGAIN = "They belong to different checkpoints; copy the whole folder again."
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,17 @@ def keep_robot(folder: Path, name: str) -> None:
     write_json(folder / FILE, {"robots": [name]})
 
 
-def read_robots(folder: Path) -> tuple[ActionSpec, Mapping[str, FeatureStats], dict[str, Robot]]:
+def read_robots(
+    folder: Path, config: PolicyConfig | None = None
+) -> tuple[ActionSpec, Mapping[str, FeatureStats], dict[str, Robot]]:
     """What ``write_robots`` wrote: the first robot's action spec and statistics, and all robots where there are several.
 
+    Args:
+        folder: of the checkpoint.
+        config: of the checkpoint, to compare them with.
+
     Raises:
-        CheckpointError: a missing file, or statistics that cannot be used.
+        CheckpointError: a missing file, or statistics that cannot be used or belong to another config.
     """
     if (folder / FILE).exists():
         robots = {}
@@ -149,13 +156,43 @@ def read_robots(folder: Path) -> tuple[ActionSpec, Mapping[str, FeatureStats], d
             _require_sound(robots[name].stats, file)
         if not robots:
             raise CheckpointError(f"{folder / FILE} names no robot; the file is damaged.")
+        if config is not None:
+            _require_matching(robots, config, folder)
         first = next(iter(robots.values()))
         return first.action_spec, first.stats, robots
     spec_file, file = folder / "action_spec.json", folder / "stats.json"
     action_spec = from_json(ActionSpec, read_json(spec_file), str(spec_file))
     stats = {name: from_json(FeatureStats, data, str(file)) for name, data in read_json(file).items()}
     _require_sound(stats, file)
+    if config is not None:
+        _require_matching({"": Robot(action_spec, stats, ())}, config, folder)
     return action_spec, stats, {}
+
+
+def _require_matching(robots: Mapping[str, Robot], config: PolicyConfig, folder: Path) -> None:
+    """Refuse action specs and statistics that are not those of a checkpoint's config, as of a file copied from elsewhere.
+
+    Args:
+        robots: by name; the only one has none.
+        config: of the checkpoint.
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    steps, width = config.decoder.chunk_size, config.backbone.state_dim
+    for name, robot in robots.items():
+        where = folder / FOLDER / name / ROBOT if name else folder / "stats.json"
+        spec, state, action = robot.action_spec, robot.stats["state"].dim, robot.stats["action"].dim
+        if (spec.chunk_size or steps) > steps:
+            where = where if name else folder / "action_spec.json"
+            raise CheckpointError(f"{where} names chunks of {spec.chunk_size} actions, but config.json of {steps}. {_AGAIN}")
+        if action != spec.dim:
+            raise CheckpointError(f"{where} holds statistics of {action} action dimensions; the robot has {spec.dim}. {_AGAIN}")
+        if state > width or (state < width and not name):
+            raise CheckpointError(
+                f"{where} holds statistics of a state of {state} numbers, but config.json says {width}. {_AGAIN}"
+            )
 
 
 def _require_sound(stats: Mapping[str, FeatureStats], file: Path) -> None:

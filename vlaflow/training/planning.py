@@ -13,7 +13,7 @@ from vlaflow.data.windows import require_tasks
 from vlaflow.errors import ConfigError
 from vlaflow.io import read_json
 from vlaflow.policies.base import PolicyConfig
-from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.mixing import longest_chunk
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, TrainConfig
@@ -131,7 +131,7 @@ def learned_of(data: TrainingData, given: Sequence[DatasetEntry], config: TrainC
 
 def read_config(checkpoint: Path) -> PolicyConfig:
     """The config of a checkpoint; its weights are not read."""
-    file = local_folder(checkpoint) / "config.json"
+    file = home_of(local_folder(checkpoint)) / "config.json"
     data = read_json(file)
     data.pop("vlaflow", None)
     return from_json(PolicyConfig, data, str(file))
