@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.helpers import action_spec
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.simulators import make, simulator_spec
 from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for, noises
@@ -114,7 +115,7 @@ def test_half_of_the_misjudging_episodes_begin_wrong():
     for seed in range(2000):
         noise = Noise(0.0, misjudge=0.03)
         noisy = Noisy(lambda _, __=None: np.zeros(4, np.float32), noise, episode_generator("x", seed), GRIPPER)
-        noisy(SimpleNamespace(action_spec=SimpleNamespace(low=-np.ones(4), high=np.ones(4))))
+        noisy(SimpleNamespace(name="x", action_spec=action_spec(4)))
         begins.append(noisy.error is not None)
     assert abs(np.mean(begins) - 0.5 * 33 / 65) < 0.03
 

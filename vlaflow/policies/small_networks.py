@@ -61,9 +61,9 @@ def small(policy: PolicyConfig, data: DataSpec, *, image_size: int = 128, margin
 def small_training(policy: PolicyConfig, *, steps: int = 4000, optim: OptimConfig = OPTIM) -> TrainConfig:
     """As a demo's, with images shifted by at most one pixel and a longer average.
 
-    A pixel is about a centimetre on LIBERO's table, and objects are placed within a few: with shifts of up to 6 pixels, a policy
-    for LIBERO-Goal did not look at the first view (docs/log.md). Experts that misjudge count as interventions (`MISJUDGED`), noise
-    does not.
+    A pixel is about a centimetre on LIBERO's table, and objects are placed within a few: with shifts of up to 6 pixels, a
+    policy for LIBERO-Goal did not look at the first view (docs/log.md). Experts that misjudge count as interventions
+    (`MISJUDGED`), noise does not.
     """
     return replace(
         tiny_training(policy, steps=steps, optim=optim),
@@ -83,7 +83,7 @@ def mt50(policy: PolicyConfig, data: DataSpec) -> PolicyConfig:
 def mt50_training(policy: PolicyConfig) -> TrainConfig:
     """As ``small_training``; frames are kept as JPEGs, because raw ones of all fifty tasks take about 30 GB.
 
-    Meta-World's experts do not misjudge in ``make mt50``, and lasting noise alone would count in some frames. The largest shift is
-    that of the policy in docs/mt50.md.
+    Meta-World's experts do not misjudge in ``make mt50``, and lasting noise alone would count in some frames. The largest shift
+    is that of the policy in docs/mt50.md; a smaller one has not been tried.
     """
     return replace(small_training(policy, steps=12_000), frames="jpeg", interventions=None, shift=6)

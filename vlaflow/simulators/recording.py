@@ -144,7 +144,11 @@ class Recording:
                         f"not {now}. Repeat its command to continue it, remove that folder, or choose another --out."
                     )
         else:
-            write_json(file, settings, indent=1)
+            try:
+                write_json(file, settings, indent=1)
+            except BaseException:
+                _clear(self.folder)
+                raise
 
 
 def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
