@@ -61,8 +61,8 @@ def small(policy: PolicyConfig, data: DataSpec, *, image_size: int = 128, margin
 def small_training(policy: PolicyConfig, *, steps: int = 4000, optim: OptimConfig = OPTIM) -> TrainConfig:
     """As a demo's, with images shifted by at most one pixel and a longer average.
 
-    A pixel is about a centimetre on LIBERO's table, and objects are placed within a few: with shifts of up to 6 pixels, a
-    policy for LIBERO-Goal did not look at the first view (docs/log.md). Experts that misjudge count as interventions
+    A pixel is 6 mm on LIBERO's table, and objects are placed within a few centimetres: with shifts of up to 6 pixels, a policy
+    for LIBERO-Goal did not look at the first view (docs/log.md). Experts that misjudge count as interventions
     (`MISJUDGED`), noise does not.
     """
     return replace(
