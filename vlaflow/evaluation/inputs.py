@@ -112,9 +112,8 @@ def run(
     """
     policy, mark = Policy.from_pretrained(checkpoint, device), fingerprint(checkpoint)
     data = Dataset.open(dataset, reading=reading or reading_of(checkpoint, dataset))
-    chosen = policy.default_compute
-    if compute != "auto":
-        chosen = parse(compute, Knobs(device=device), Checkpoint(checkpoint, mark))
+    knobs = Knobs(device=device)
+    chosen = policy.default_compute if compute == "auto" else parse(compute, knobs, Checkpoint(checkpoint, mark))
     chosen.needs.check(policy.model, chosen.name)
     episodes = data.numbers if new_data else held_out(checkpoint, data)
     found = sample(policy, data, episodes, frames)
