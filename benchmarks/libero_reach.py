@@ -12,7 +12,7 @@ Shape letters: E episodes.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Options:
     compute: str = "auto"
     episodes: int = 20
     steps: int = 150
-    json: Path | None = field(default=None)
+    json: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,13 @@ class Reach:
     miss: float
 
 
-def measured(task: str, object_E2: np.ndarray, hand_E2: np.ndarray) -> Reach:
-    """The least-squares slope of the hand's position on the object's, both in metres, one for both axes."""
-    return _pooled(task, [(object_E2, hand_E2)])
+def measured(task: str, *pairs: tuple[np.ndarray, np.ndarray]) -> Reach:
+    """The least-squares slope of the hand's position on the object's, one for both axes.
 
-
-def _pooled(task: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Reach:
+    Args:
+        task: its name, or one for all.
+        pairs: of each task, where objects stood and where the hand closed, both (E, 2) in metres.
+    """
     centred = [(place - place.mean(0), hand - hand.mean(0)) for place, hand in pairs]
     place, hand = (np.concatenate([pair[side] for pair in centred]) for side in (0, 1))
     freedom = 2 * (len(place) - len(pairs))
@@ -130,10 +131,10 @@ def main(options: Options) -> None:
             print(f"| {name} | {len(pair[0])}/{options.episodes} | | | |", flush=True)
             continue
         pairs.append(pair)
-        rows.append(measured(name, *pair))
+        rows.append(measured(name, pair))
         print(_line(rows[-1], options.episodes), flush=True)
     if len(pairs) > 1:
-        rows.append(_pooled("all", pairs))
+        rows.append(measured("all", *pairs))
         print(_line(rows[-1], options.episodes * len(pairs)))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")

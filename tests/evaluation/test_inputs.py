@@ -1,6 +1,7 @@
 """Which inputs actions follow: shares in closed form, networks that are blind to one input, and the command."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from vlaflow.compute.parse import parse
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.writer import Writer
 from vlaflow.errors import CalibrationError
-from vlaflow.evaluation.calibrate import sample
+from vlaflow.evaluation.calibrate import Sample, sample
 from vlaflow.evaluation.inputs import ALL_VIEWS, INSTRUCTION, STATE, followed, measure, partners
 
 VIEWS = ("front", "wrist")
@@ -102,6 +103,17 @@ def test_partners_are_of_another_episode_of_the_task_with_the_nearest_state(poli
         allowed = (columns.task[rows] == columns.task[rows[i]]) & (columns.episode[rows] != columns.episode[rows[i]])
         distance = np.square(scaled - scaled[i]).sum(1)
         assert distance[j] == pytest.approx(distance[allowed].min())
+
+
+def test_without_a_state_partners_are_as_far_in_their_episodes():
+    """Episodes of four and eight frames of one task."""
+    episode = np.repeat([0, 1], [4, 8])
+    frame = np.concatenate([np.arange(4), np.arange(8)])
+    columns = SimpleNamespace(task=0 * episode, episode=episode, frame=frame, state=np.zeros((12, 0), np.float32))
+    windows = SimpleNamespace(dataset=SimpleNamespace(columns=lambda: columns), rows=np.arange(12))
+    own, other = partners(Sample(windows, np.arange(4), np.ones(4, bool)))
+    assert own.tolist() == [0, 1, 2, 3]
+    assert other.tolist() == [4, 6, 8, 10]
 
 
 def test_a_network_blind_to_a_view_follows_it_by_nothing(policy, dataset):

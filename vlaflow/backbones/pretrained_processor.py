@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -250,14 +250,7 @@ def open_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
     Raises:
         ConfigError: there is none, or a file of it is damaged, for which its libraries have many kinds of errors.
     """
-    try:
-        return kind.from_pretrained(source, **options)
-    except (VlaflowError, MemoryError):
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        cure = " If it was copied, copy it again." if Path(source).is_dir() else ""
-        raise ConfigError(f"'{source}' is no {name} folder or Hub name that can be opened: {reason}.{cure}") from error
+    return _opened(lambda: kind.from_pretrained(source, **options), source, name)
 
 
 def read_settings(reading: Callable[[str], tuple[dict[str, Any], Any]], source: str, name: str) -> dict[str, Any]:
@@ -266,4 +259,15 @@ def read_settings(reading: Callable[[str], tuple[dict[str, Any], Any]], source: 
     Raises:
         ConfigError: see ``open_pretrained``.
     """
-    return dict(open_pretrained(SimpleNamespace(from_pretrained=reading), source, name)[0])
+    return dict(_opened(lambda: reading(source), source, name)[0])
+
+
+def _opened(opening: Callable[[], Any], source: str, name: str) -> Any:
+    try:
+        return opening()
+    except (VlaflowError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        cure = " If it was copied, copy it again." if Path(source).is_dir() else ""
+        raise ConfigError(f"'{source}' is no {name} folder or Hub name that can be opened: {reason}.{cure}") from error

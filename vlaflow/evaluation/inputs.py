@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from vlaflow.compute.base import ComputePolicy, Stopwatch
+from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.parse import parse
 from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.data.batch import ObservationBatch
@@ -31,6 +31,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.errors import CalibrationError
 from vlaflow.evaluation.calibrate import BATCH, Sample, held_out, sample
+from vlaflow.evaluation.sampler_measures import draw_chunks
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint, reading_of
 from vlaflow.progress import progress
@@ -179,7 +180,7 @@ def measure(policy: Policy, compute: ComputePolicy, frames: Sample, *, checkpoin
     chunks: dict[str, list[Tensor]] = {}
     squares: dict[str, list[Tensor]] = {}
     count = 0.0
-    with progress(len(own_N), "Exchanging inputs") as bar, policy.precision():
+    with progress(len(own_N), "Exchanging inputs") as bar:
         for begin in range(0, len(own_N), BATCH):
             index_B = own_N[begin : begin + BATCH]
             batch, other = windows.batch(index_B), windows.batch(other_N[begin : begin + BATCH])
@@ -192,7 +193,8 @@ def measure(policy: Policy, compute: ComputePolicy, frames: Sample, *, checkpoin
                 asked = [sentences[sentence] for sentence in batch.observation.instructions]
                 observations[INSTRUCTION] = replace(batch.observation, instructions=asked)
             for name, observation in observations.items():
-                chunk_BHD = _executed(policy, executing, observation, windows.rows[index_B])
+                prefix = policy.embed(policy.own(observation))
+                chunk_BHD = draw_chunks(policy, executing, prefix, windows.rows[index_B], range(1))[0][:, 0, :steps]
                 chunks.setdefault(name, []).append(chunk_BHD.flatten(1))
                 squares.setdefault(name, []).append(((chunk_BHD - target_BHD).square() * valid_BH1).mean(-1).sum(1))
             count += float(valid_BH1.sum())
@@ -261,11 +263,3 @@ def _other_sentences(tasks: tuple[str, ...]) -> dict[str, str]:
     """Another sentence for each, the next one in order; empty if there is only one."""
     distinct = list(dict.fromkeys(tasks))
     return dict(zip(distinct, distinct[1:] + distinct[:1], strict=True)) if len(distinct) > 1 else {}
-
-
-def _executed(policy: Policy, compute: ComputePolicy, observation: ObservationBatch, row_B: np.ndarray) -> Tensor:
-    """The executed actions of chunks (B, H, D) on the CPU, normalised, from noise that depends on the row alone."""
-    prefix = policy.embed(policy.own(observation))
-    generators = [Generator().manual_seed(int(row)) for row in row_B]
-    made = compute.decode(policy.model, prefix, generators, Stopwatch(policy.device))
-    return policy.cut(made.action_BLD).float().cpu()[:, : policy.n_action_steps]

@@ -216,7 +216,7 @@ def two_group_share(policy: Policy, compute: ComputePolicy, frames: Sample, *, m
     for begin in range(0, len(index_N), BATCH):
         index_B = index_N[begin : begin + BATCH]
         prefix = policy.embed(policy.own(frames.windows.batch(index_B).observation))
-        chunk_BKLD, _ = _draws(policy, compute, prefix, frames.windows.rows[index_B], range(draws))
+        chunk_BKLD, _ = draw_chunks(policy, compute, prefix, frames.windows.rows[index_B], range(draws))
         spread_B = mean_and_spread(chunk_BKLD)[1].mean(1)
         found += int(((multimodality(chunk_BKLD) > GROUPS_FROM) & (spread_B > APART)).sum())
     return found / len(index_N)
@@ -252,10 +252,10 @@ def measure(
             prefix = policy.embed(policy.own(batch.observation))
             later_prefix = policy.embed(policy.own(later.observation)) if draws > 1 else None
             for number, compute in enumerate(computes):
-                chunks, counts = _draws(policy, compute, prefix, frames.windows.rows[index_B], range(draws))
+                chunks, counts = draw_chunks(policy, compute, prefix, frames.windows.rows[index_B], range(draws))
                 after_BLD = None
                 if later_prefix is not None:
-                    again, _ = _draws(policy, compute, later_prefix, frames.windows.rows[later_B], range(draws, draws + 1))
+                    again, _ = draw_chunks(policy, compute, later_prefix, frames.windows.rows[later_B], range(draws, draws + 1))
                     after_BLD = again[:, 0]
                 sampled = SampledChunks(chunks, after_BLD, target_BLD, batch.valid_BL, has_later_B, batch.episode_B)
                 rows[number].append(scale.values(sampled))
@@ -283,10 +283,10 @@ def _later(frames: Sample, index_B: np.ndarray, steps: int) -> tuple[np.ndarray,
     return np.where(same_B, later_B, index_B), same_B
 
 
-def _draws(
+def draw_chunks(
     policy: Policy, compute: ComputePolicy, prefix: Prefix, row_B: np.ndarray, draw_K: range
 ) -> tuple[Tensor, np.ndarray]:
-    """Chunks (B, K, L, D) on the CPU, and their evaluations and layer passes in all."""
+    """Chunks (B, K, L, D) on the CPU, and their evaluations and layer passes in all; noise depends on row and draw alone."""
     found, counts = [], np.zeros(2)
     for draw in draw_K:
         generators = [Generator().manual_seed(int(row) * 64 + draw) for row in row_B]
