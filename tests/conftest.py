@@ -7,6 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 
+def pytest_configure() -> None:
+    """A property holds on a busy machine as well, where hypothesis would fail an example that takes a fifth of a second."""
+    from hypothesis import settings
+
+    settings.register_profile("vlaflow", deadline=None)
+    settings.load_profile("vlaflow")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     import torch  # not above: the process that only distributes tests reads this file as well

@@ -3,21 +3,31 @@
 import importlib
 import math
 import typing
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers import BINS, policy_config
 from vlaflow.cli.main import COMMANDS as COMMAND_NAMES
 from vlaflow.cli.main import main
+from vlaflow.compute.consensus import Consensus
+from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.config import from_json, override
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
+from vlaflow.decoders.token_metrics import EmbeddingMetric
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation.rollout import RolloutConfig
+from vlaflow.flows.sampling import Sampling
+from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.adapters import LoraConfig
-from vlaflow.policies.recipe import OptimConfig, ParameterGroup
-from vlaflow.ranges import Count, Fraction, NotNegative, Positive, Share, _ranges, require_ranges
+from vlaflow.policies.objectives import PolicyObjective
+from vlaflow.policies.policy_config import Normalisation
+from vlaflow.policies.recipe import OptimConfig, ParameterGroup, TrainConfig
+from vlaflow.ranges import Count, Fraction, NotNegative, Positive, Share, _ranges, require_ranges, require_words
 from vlaflow.simulators.experts import Noise
+from vlaflow.stacks.expert import ExpertConfig
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,36 @@ def test_ends_belong_to_a_range_as_it_says():
     for wrong in ({"share": 1.1}, {"fraction": 1.0}, {"positive": 0.0}, {"count": 2**40}):
         with pytest.raises(ConfigError, match=r"must be .*, got"):
             require_ranges(Numbers(**wrong))
+
+
+MISSPELT = {
+    "solver": lambda: Sampling(2, solver="eular"),
+    "choose": lambda: Consensus(2, "median"),
+    "metric": lambda: ExitPlan((1, 2), "maxabs"),
+    "warm_start": lambda: ExitPlan((1, 2), warm_start="anchored"),
+    "masks": lambda: policy_config(masks="Unified"),
+    "action_normalisation": lambda: replace(policy_config(), action_normalisation="minmax"),
+    "norm": lambda: policy_config(expert=ExpertConfig(BlockConfig(32, 2, 2, 16, 64, norm="RMS"))),
+    "table": lambda: replace(policy_config(), decoder=DiscreteFlowConfig(4, BINS, 6, metric=EmbeddingMetric("freezed"))),
+    "power": lambda: replace(policy_config(), decoder=DiscreteFlowConfig(4, BINS, 6, metric=EmbeddingMetric(power=3))),
+    "precision": lambda: TrainConfig(PolicyObjective(policy_config()), precision="float32"),
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_a_misspelt_word_is_refused_where_it_is_said(name):
+    """It meant whatever the last of several branches does, and no checkpoint with it could be opened again."""
+    with pytest.raises(ConfigError, match=rf"^'{name}' of \w+ is .*; (did you mean|valid names)"):
+        MISSPELT[name]()
+
+
+def test_words_are_checked_beside_numbers_and_nothing():
+    """Of ``Mode | Same``, ``float | "same" | None`` and free text only the first two know words of their own."""
+    Normalisation("quantile", "same", "same", 1.5, ("gripper",))
+    Normalisation(state_clip=None, kept_actions="same")
+    for wrong in ({"state_normalisation": "min-max"}, {"action_clip": "save"}):
+        with pytest.raises(ConfigError, match="did you mean"):
+            require_words(Normalisation(**wrong))
 
 
 def test_files_and_changed_values_are_checked_like_arguments():

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union
 
+from vlaflow import __version__
 from vlaflow.errors import ConfigError, VlaflowError, nearest
 from vlaflow.ranges import require_in
 from vlaflow.registry import Part, kind_of, require_registered
@@ -68,6 +69,26 @@ def from_json(cls: type[T], data: JSON, where: str) -> T:
         ConfigError: naming the key, the file (``where``) and the nearest valid key.
     """
     return typing.cast(T, decode(cls, data, JsonSource(where), "config"))
+
+
+def from_versioned(cls: type[T], data: JSON, where: str) -> T:
+    """As ``from_json``, for a file whose key "vlaflow" is the version that wrote it, whether or not ``cls`` has that field.
+
+    Raises:
+        ConfigError: as ``from_json``; it also names the version that wrote the file, if that is another one.
+    """
+    written_by = data.get("vlaflow") if isinstance(data, dict) else None
+    if written_by is not None and all(f.name != "vlaflow" for f in dataclasses.fields(typing.cast(Any, cls))):
+        data = {key: value for key, value in data.items() if key != "vlaflow"}
+    try:
+        return from_json(cls, data, where)
+    except ConfigError as error:
+        if not isinstance(written_by, str) or written_by == __version__:
+            raise
+        raise ConfigError(
+            f"{str(error).rstrip('.')}. The file was written by vlaflow {shown(written_by)}, and this is {__version__}: "
+            "open it with that version."
+        ) from error
 
 
 def decode(annotation: Any, data: JSON, source: JsonSource, key: str) -> Any:

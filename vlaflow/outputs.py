@@ -268,19 +268,25 @@ def copy_files(source: Path, goal: Path, *, leave_out: Sequence[str] = ()) -> No
 
     Args:
         source, goal: the folders.
-        leave_out: patterns of names that are left out, with everything within.
+        leave_out: patterns of paths within the folder that are left out, with everything within; ``*`` also stands for slashes.
 
     Raises:
         OSError: a file cannot be read or written (``shutil.copytree`` would raise an error without a number).
     """
-    goal.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if any(fnmatch(path.name, pattern) for pattern in leave_out):
+    _copy_within(source, goal, Path(), leave_out)
+
+
+def _copy_within(source: Path, goal: Path, place: Path, leave_out: Sequence[str]) -> None:
+    """``copy_files`` for the folder at a place within the source."""
+    (goal / place).mkdir(parents=True, exist_ok=True)
+    for path in sorted((source / place).iterdir()):
+        within = place / path.name
+        if any(fnmatch(within.as_posix(), pattern) for pattern in leave_out):
             continue
         if path.is_dir():
-            copy_files(path, goal / path.name, leave_out=leave_out)
+            _copy_within(source, goal, within, leave_out)
         else:
-            shutil.copyfile(path, goal / path.name)
+            shutil.copyfile(path, goal / within)
 
 
 def claim(place: int, busy: str | None = None) -> None:

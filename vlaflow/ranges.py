@@ -1,17 +1,20 @@
-"""Ranges of numbers, stated in a dataclass and checked as soon as there is one: ``episodes: Count = 20``.
+"""What a dataclass's fields may hold, stated in their annotations and checked as soon as there is one.
 
-NaN is in no range. Every element of a tuple is checked; None is allowed where the annotation allows it.
+Ranges of numbers, ``episodes: Count = 20``, and words, ``solver: Literal["euler", "heun"] = "euler"``. NaN is in no range.
+Every element of a tuple is checked; None is allowed where the annotation allows it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Union
 
-from vlaflow.errors import ConfigError, VlaflowError
+from vlaflow.errors import ConfigError, VlaflowError, nearest
 from vlaflow.text import shown
 
 BELOW_ONE = math.nextafter(1, 0)
@@ -68,14 +71,14 @@ AnyNumber = Annotated[float, "any"]
 
 
 def require_ranges(value: Any, label: str = "{}") -> None:
-    """Refuse a dataclass with a number outside the range of its field.
+    """Refuse a dataclass with a number outside the range of its field, or a word that it does not know (``require_words``).
 
     Args:
         value: instance of a dataclass.
-        label: how a field is named in the error; with "--{}", underscores become dashes.
+        label: how a field with a number is named in the error; with "--{}", underscores become dashes.
 
     Raises:
-        ConfigError: naming field, range and number.
+        ConfigError: naming field, range and number, or the nearest word.
     """
     hints = typing.get_type_hints(type(value), include_extras=True)
     for field in dataclasses.fields(value):
@@ -84,6 +87,7 @@ def require_ranges(value: Any, label: str = "{}") -> None:
         require_in(found, hints[field.name], label.format(name))
         if label.startswith("--") and dataclasses.is_dataclass(found):  # a group of options
             require_ranges(found, label)
+    require_words(value)
 
 
 def require_in(value: Any, annotation: Any, name: str, error: type[VlaflowError] = ConfigError) -> None:
@@ -102,3 +106,49 @@ def _ranges(annotation: Any) -> list[Range]:
     """The ranges in an annotation, at any depth."""
     found = [each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, Range)]
     return found + [each for inner in typing.get_args(annotation) for each in _ranges(inner)]
+
+
+def require_words(value: Any) -> None:
+    """Refuse a dataclass with a word that its field does not know (``Literal``), also in the dataclasses that it holds.
+
+    Raises:
+        ConfigError: naming field and class, with the nearest word.
+    """
+    for name, words in _words(type(value)):  # type: ignore[arg-type]  # a class is hashable
+        found = getattr(value, name)
+        if words.refuse(found):
+            known = nearest(str(found), map(str, words.known))
+            raise ConfigError(f"'{name}' of {type(value).__name__} is {shown(found)}; {known}")
+        for inner in found if isinstance(found, tuple) else found.values() if isinstance(found, dict) else (found,):
+            if dataclasses.is_dataclass(inner):
+                require_words(inner)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The words that a field knows; others are refused where it is a ``Literal`` alone, and strings where it may be more."""
+
+    known: tuple[Any, ...]
+    alone: bool
+
+    def refuse(self, found: Any) -> bool:
+        return bool(self.known) and found not in self.known and (self.alone or isinstance(found, str))
+
+
+@lru_cache(maxsize=512)
+def _words(kind: type) -> tuple[tuple[str, _Words], ...]:
+    """The fields of a dataclass and their words; none where annotations name what only a type checker imports."""
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:
+        return ()
+    return tuple((field.name, _words_in(hints[field.name])) for field in dataclasses.fields(kind))
+
+
+def _words_in(annotation: Any) -> _Words:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return _Words(args, alone=True)
+    if origin not in (Union, types.UnionType) or str in args:
+        return _Words((), alone=False)
+    return _Words(tuple(word for each in args for word in _words_in(each).known), alone=False)

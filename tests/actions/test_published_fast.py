@@ -72,7 +72,7 @@ def test_chunks_come_back_to_half_a_unit_per_coefficient(tokenizer):
     assert np.sqrt(np.square(made.action_BLD - TRAINED).mean(1)).max() <= tokenizer.error_bound + ROUNDING
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_sequence_decodes_to_something_finite(tokenizer, data):
     ids = data.draw(hnp.arrays(np.int64, (1, tokenizer.slots), elements=st.integers(0, tokenizer.vocabulary - 1)))

@@ -134,5 +134,5 @@ def test_impossible_limits_and_sizes_are_refused():
     backbone = speaker(suffix=4)
     with pytest.raises(ConfigError, match="limit cannot be 0"):
         greedy(helpers.embed(backbone, observe()), END, limit=0)
-    with pytest.raises(ConfigError, match="raise 'suffix'"):
+    with pytest.raises(ConfigError, match=r"--set policy\.backbone\.suffix="):
         backbone.answer_loss(helpers.embed(backbone, observe()), WORDS.answer_ids(["a long", "answer"]))

@@ -79,7 +79,9 @@ def test_wrong_sizes_get_one_sentence():
         CONFIG.processor()(observe(state=5))
     backbone = build(suffix=4)
     prefix = helpers.embed(backbone, observe())
-    with pytest.raises(ConfigError, match="raise 'suffix'"):
+    with pytest.raises(
+        ConfigError, match=r"adds 5 tokens .* has 4 positions for them\. In training: --set policy\.backbone\.suffix=5$"
+    ):
         backbone.place(torch.zeros(1, 5, 32), prefix)
     with pytest.raises(CapabilityError, match="no language-model head"):
         backbone.answer_loss(prefix, torch.zeros(1, 1))

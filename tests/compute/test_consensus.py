@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import helpers
@@ -26,6 +26,7 @@ from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows import gaussian
 from vlaflow.flows.sampling import Sampling
 from vlaflow.spec import ActionPrefix
 
@@ -52,7 +53,6 @@ def single_draws(policy, inner, k, count=2, conditioning=None):
     return torch.stack(chunks, 1)
 
 
-@settings(deadline=None)
 @given(seed=seeds, k=st.integers(1, 9))
 def test_equal_draws_are_their_own_mean_to_the_bit_and_have_no_spread(seed, k):
     one_B1LD = draws(seed, k=1)
@@ -61,7 +61,6 @@ def test_equal_draws_are_their_own_mean_to_the_bit_and_have_no_spread(seed, k):
     assert not spread_BL.any()
 
 
-@settings(deadline=None)
 @given(seed=seeds)
 def test_mean_and_spread_are_what_they_are_called(seed):
     draw_BKLD = draws(seed)
@@ -70,7 +69,6 @@ def test_mean_and_spread_are_what_they_are_called(seed):
     torch.testing.assert_close(spread_BL.square(), draw_BKLD.var(1, correction=0).mean(-1))
 
 
-@settings(deadline=None)
 @given(seed=seeds, outlier=st.integers(0, 4))
 def test_the_medoid_is_never_the_draw_that_lies_far_from_all_others(seed, outlier):
     draw_BKLD = draws(seed)
@@ -109,6 +107,21 @@ def test_the_draws_are_those_of_a_generator_each_and_differ():
     mean = decode(policy, Consensus(3, "mean", Dense(4)))
     torch.testing.assert_close(mean.action_BLD, each_BKLD.mean(1), **ROUNDING)
     torch.testing.assert_close(mean.spread_BL, mean_and_spread(each_BKLD)[1], **ROUNDING)
+
+
+def test_draws_of_draws_begin_from_noise_of_their_own(monkeypatch):
+    """The first draw keeps its observation's generator, and a consensus inside it must not seed its draws as the outer one."""
+    policy, seen, standard_normal = helpers.policy(), [], gaussian.standard_normal
+
+    def noted(*given):
+        seen.append(standard_normal(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(gaussian, "standard_normal", noted)
+    decode(policy, Consensus(2, "medoid", Consensus(3, "mean", Refine(AtRandom(0.0), inner=Consensus(2, inner=Dense(1))))))
+    noise_NX = torch.cat(seen).flatten(1)
+    assert len(noise_NX) == 2 * 2 * 3 * 2
+    assert len(noise_NX.unique(dim=0)) == len(noise_NX)
 
 
 @pytest.mark.parametrize("config", [None, MaskedDiffusionConfig, DiscreteFlowConfig])

@@ -20,6 +20,7 @@ from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation.rollout import RolloutConfig, _computing
 from vlaflow.flows.sampling import Sampling
+from vlaflow.spec import ActionPrefix
 
 POLICY = helpers.policy(rater=True)
 LOW = [[0.1] * 6] * 2
@@ -38,6 +39,13 @@ def test_executed_actions_are_counted_after_the_committed_ones(monkeypatch):
     given = Conditioning(torch.randn(1, 6, 4), torch.tensor([[0.0, 0, 1, 1, 1, 1]]))
     out = decode(POLICY, Refine(executed=3), 1, given)
     assert out.regenerated_BL.tolist() == [[False, False, True, True, True, False]]
+
+
+def test_executed_actions_are_counted_after_those_that_guidance_commits():
+    """They are executed whatever the chunk says, as those at clock 0 are."""
+    given = ActionPrefix(np.full((5, 4), 0.25, np.float32), 2)
+    chunk = POLICY.act(helpers.observation(), Refine(AtRandom(1.0), Sampling(2)), action_prefix=given, guided=True)
+    assert chunk.regenerated.tolist() == [False, False, True, True, True, False]
 
 
 def test_a_chunk_whose_doubts_are_all_beyond_the_executed_actions_costs_nothing_more(monkeypatch):

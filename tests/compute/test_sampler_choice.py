@@ -106,7 +106,7 @@ def test_what_cannot_be_trusted_is_refused_with_the_command_that_cures_it(checkp
     spoil(checkpoint.folder / FOLDER / FILE)
     with pytest.raises(CalibrationError, match=sentence) as refusal:
         parse("auto", checkpoint=checkpoint)
-    assert "vlaflow calibrate CKPT --dataset DIR --sampler" in str(refusal.value)
+    assert f"vlaflow calibrate {checkpoint.folder} --dataset DIR --sampler" in str(refusal.value)
 
 
 def test_settings_of_the_moment_do_not_change_what_was_calibrated(checkpoint):

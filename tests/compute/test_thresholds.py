@@ -53,7 +53,7 @@ def test_shares_of_fresh_data_equal_the_target_within_sampling_error(distributio
     np.testing.assert_allclose(seen_K, share_K, atol=5 * np.sqrt(0.25 / 20_000) * 1.5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.integers(2, 6), st.integers(0, 10_000), st.sampled_from([2, 5, 1000]))
 def test_on_its_own_samples_no_more_leave_than_asked_but_for_ties(samples, exits, seed, values):
     random = np.random.default_rng(seed)

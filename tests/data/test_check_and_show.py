@@ -1,9 +1,11 @@
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
 
-from tests.data.toyset import FPS, LENGTHS, cut_in_half, edit_info, edit_table, episode
+from tests.data.toyset import FPS, LENGTHS, cut_in_half, edit_info, edit_table, episode, writer
 from vlaflow.cli.data import main
 from vlaflow.data.check import check
 from vlaflow.data.lerobot import Dataset
@@ -35,6 +37,58 @@ def test_check_lists_everything_that_is_wrong(copy):
     assert "'action' at frame 3" in problems[0]
     assert "Episode 3" in problems[1]
     assert "Episode 4" in problems[2]
+
+
+def test_check_lists_the_rows_of_every_episode_that_are_wrong(copy):
+    """Reading stops at the first of them; repairing it would lead from one to the next."""
+
+    def spoil(rows):
+        starts = np.cumsum([0, *LENGTHS])
+        for number in (0, 2, 4):
+            rows[starts[number] + 1][0] = np.nan
+        return rows
+
+    edit_table(copy / "data/chunk-000/file-000.parquet", "action", spoil)
+    cut_in_half(next(copy.glob("videos/*corner/*/*.mp4")))
+    problems = check(Dataset.open(copy)).problems
+    for number in range(5):
+        assert sum(f"Episode {number} of" in problem for problem in problems) == (2 if number in (0, 2, 4) else 1)
+
+
+def test_check_notes_cameras_that_recorded_nothing(tmp_path):
+    """Covered in one episode of four, frozen in two; a few frames alike are no frozen camera."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "dead cameras"
+    with writer(root) as out:
+        for number in range(4):
+            images, state, action = episode(number, 2 if number == 3 else FPS)
+            if number in (0, 1, 3):
+                images["corner"][:] = images["corner"][0]
+            if number == 2:
+                images["image"][:] = rng.integers(0, 4, images["image"].shape)
+            out.add(images, state, action, "push the puck")
+    remarks = check(Dataset.open(root)).remarks
+    covered = (
+        f"The view 'image' has one colour in 1 of 4 episodes.*data drop {re.escape(shlex.quote(str(root)))} --episodes 2 --out"
+    )
+    assert sum(bool(re.search(covered, remark)) for remark in remarks) == 1
+    frozen = "The view 'corner' is one image that never changes in 2 of 4 episodes.*--episodes 0-1 --out"
+    assert sum(bool(re.search(frozen, remark)) for remark in remarks) == 1
+    kept = tmp_path / "kept"
+    assert main(["drop", str(root), "--episodes", "0-1", "2", "--out", str(kept)]) == 0
+    assert not any("camera" in remark for remark in check(Dataset.open(kept)).remarks)
+
+
+def test_a_camera_that_recorded_nothing_in_any_episode_can_be_left_out(tmp_path):
+    root = tmp_path / "dead"
+    with writer(root) as out:
+        for number in range(2):
+            images, state, action = episode(number)
+            images["corner"][:] = 0
+            out.add(images, state, action, "push the puck")
+    (remark,) = (each for each in check(Dataset.open(root)).remarks if "camera" in each)
+    assert "'corner' has one colour in every episode" in remark
+    assert remark.endswith("Train without it: --view image")
 
 
 def test_check_finds_frames_without_rows(copy):
@@ -80,6 +134,20 @@ def test_command_show_prints_tasks_and_statistics(copy, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for word in ("push the puck", "open the drawer", "gripper", "toy arm", "corner 32x48", "q01"):
         assert word in printed, word
+
+
+def test_command_show_abbreviates_neither_names_nor_numbers(copy, capsys, monkeypatch):
+    """Where a terminal is narrow, long names go on in the next line: two that only differ at their end would look alike."""
+    info = json.loads((copy / "meta/info.json").read_text())
+    names = ["left_follower_wrist_angle.pos", "left_follower_wrist_rotate.pos", "left_gripper"]
+    info["features"]["action"]["names"] = names
+    edit_info(copy, features=info["features"], x_vlaflow={})
+    scale = np.array([-1e-6, 1.0, 12345.0])
+    edit_table(copy / "data/chunk-000/file-000.parquet", "action", lambda rows: [(np.array(r) * scale).tolist() for r in rows])
+    monkeypatch.setenv("COLUMNS", "80")
+    far = copy.rename(copy.with_name("demonstrations-of-" + "a-long-name" * 8))
+    assert main(["show", str(far)]) == 0
+    assert "…" not in capsys.readouterr().out
 
 
 def test_help_carries_an_example(capsys):

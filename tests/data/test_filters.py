@@ -49,7 +49,7 @@ def test_an_idle_prefix_ends_where_the_robot_leaves_its_place():
 
 
 @given(scale=st.floats(1e-3, 1e3), shift=st.floats(-10, 10))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_outliers_do_not_depend_on_units(scale, shift):
     values = np.linspace(0, 1, 500)[:, None].repeat(2, 1)
     values[7, 1], values[9, 0] = 9.0, -2.0

@@ -20,7 +20,7 @@ orders = st.builds(Order, st.integers(1, 40), st.integers(1, 50), st.integers(0,
 
 
 @given(order=orders)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_epoch_is_a_permutation(order):
     """Batches laid end to end and cut into epochs: each epoch has every sample once, so nothing is dropped or repeated."""
     steps = -(-3 * order.count // order.batch_size)
@@ -31,7 +31,7 @@ def test_every_epoch_is_a_permutation(order):
 
 
 @given(order=orders, step=st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_order_is_a_function_of_the_step(order, step):
     """Asked out of the blue, after other steps, or of an equal order: the same answer."""
     first = order.indices(step)

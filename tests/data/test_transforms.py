@@ -16,7 +16,7 @@ sizes = st.floats(1e-3, 1e3)
 
 
 @given(seed=st.integers(0, 999), size=sizes, offset=st.floats(-10, 10), mode=st.sampled_from(MODES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_inverse_undoes_forward(seed, size, offset, mode):
     """x → y → x, to the resolution of float32 at the largest number that takes part (8 units in the last place)."""
     values = (np.random.default_rng(seed).normal(size=(50, 3)) + offset) * size
@@ -27,7 +27,7 @@ def test_inverse_undoes_forward(seed, size, offset, mode):
 
 
 @given(constant=st.floats(-1e3, 1e3, width=32), mode=st.sampled_from(MODES[1:]), y=st.floats(-5, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_constant_dimension_maps_to_zero_and_comes_back_exactly(constant, mode, y):
     """Whatever a network answers there, the robot gets the constant; whatever a sensor shows, the network sees 0."""
     values = np.full((20, 2), constant)

@@ -84,7 +84,7 @@ def test_wrong_use_is_refused(cached, copy):
 
 
 @given(fraction=st.floats(0, 0.99), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_split_is_a_partition_in_which_training_sees_every_task(cached, fraction, seed):
     train, validation = split_episodes(cached[0], fraction, seed)
     assert sorted((*train, *validation)) == list(range(5))

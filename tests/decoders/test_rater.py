@@ -12,7 +12,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), alpha=st.floats(0.001, 0.2), scale=st.floats(1e-3, 1e3))
 def test_labels_lie_in_their_range_and_fall_as_errors_grow(seed, alpha, scale):
     beta = 0.9 - alpha
@@ -50,7 +50,7 @@ def test_the_rater_trains_itself_and_nothing_else():
     assert all(p.grad is not None for p in policy.model.rater.blocks.parameters())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e3))
 def test_absolute_labels_say_the_error_whatever_the_chunk(seed, scale):
     """The same error gets the same label next to other errors, the scale gets the middle one, and the error can be read off."""

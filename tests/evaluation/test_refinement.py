@@ -65,7 +65,6 @@ def bench(dataset):
     return work, work.drafts()
 
 
-@settings(deadline=None)
 @given(seed=seeds, share=st.floats(0, 1), count=st.integers(1, 60))
 def test_the_limit_of_a_share_doubts_that_share_within_one_action(seed, share, count):
     score_M = np.random.default_rng(seed).normal(size=count).astype(np.float32)
@@ -76,7 +75,7 @@ def test_of_equal_scores_at_the_limit_none_is_doubted():
     assert int((np.ones(8) > limit_for_share(np.ones(8), 0.5)).sum()) == 0
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(seed=seeds, risk=st.floats(0.05, 0.6))
 def test_a_bound_on_the_risk_holds_on_other_chunks(seed, risk):
     """Scores that know half of the error; the bound may fail in 5 % of the draws, so this allows a standard error more."""
@@ -98,7 +97,6 @@ def test_without_allowed_errors_everything_is_doubted():
     assert (score_NL > limit).all()
 
 
-@settings(deadline=None)
 @given(seed=seeds)
 def test_ranks_know_order_and_nothing_else(seed):
     random = np.random.default_rng(seed)

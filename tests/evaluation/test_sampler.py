@@ -234,6 +234,7 @@ def test_frames_choose_and_auto_is_the_default_of_eval_and_act(checkpoint, datas
     assert policy.default_compute == parse(made.choice)
     seen = sample(policy, Dataset.open(dataset), range(4), 4).windows.batch(np.array([0])).observation.split()[0]
     assert np.array_equal(policy.act(seen).actions, policy.act(seen, parse(made.choice)).actions)
+    assert np.array_equal(policy.act(seen, "auto").actions, policy.act(seen).actions)
 
 
 def test_a_candidate_named_twice_is_one_candidate(checkpoint, dataset):

@@ -52,7 +52,7 @@ class Normal:
 
 
 @given(clock=clocks, steps=st.integers(1, 9))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_segment_ends_below_its_clocks_and_not_further_than_a_step(clock, steps):
     end = float(Consistency(steps).end(torch.tensor([[clock]])))
     assert end < clock or end == clock == 0
@@ -65,7 +65,7 @@ def test_the_end_of_a_segment_belongs_to_the_segment_below():
 
 
 @given(seed=seeds)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_estimate_at_clock_0_is_the_token_itself_whatever_the_network(seed):
     """f(x, t) = x − t·v(x, t): the boundary condition of a consistency function holds by construction."""
     x_BLX, clock_BL = tokens(seed, clean=range(5))
@@ -73,7 +73,7 @@ def test_the_estimate_at_clock_0_is_the_token_itself_whatever_the_network(seed):
 
 
 @given(seed=seeds, steps=st.integers(1, 3), stride=st.integers(1, 12))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_along_straight_trajectories_the_target_is_their_velocity(seed, steps, stride):
     x_BLX, clock_BL = tokens(seed)
     straight_BLX = torch.randn_like(x_BLX)
@@ -92,7 +92,7 @@ def test_a_network_that_jumps_exactly_is_left_as_it_is(consistency):
 
 
 @given(seed=seeds, steps=st.integers(1, 3))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_whole_way_is_the_teachers_own_solution(seed, steps):
     """One step along the target ends where the teacher's Euler steps of a tenth end, the last of which is shorter."""
     flow, (x_BLX, clock_BL) = Normal(), tokens(seed)

@@ -146,6 +146,13 @@ def test_a_token_without_weight_is_never_drawn(seed):
     assert bool(((chosen > 0) | (weight.sum(-1) == 0)).all())
 
 
+def test_numbers_are_drawn_where_their_generator_lives(monkeypatch):
+    """The generator of a GPU cannot draw on the CPU. Here a device without values stands for the GPU."""
+    gpu = type("OnGpu", (), {"device": torch.device("meta")})()
+    monkeypatch.setattr(torch, "rand", lambda shape, generator, device="cpu": torch.empty(shape, device=device))
+    assert uniforms([gpu, gpu], (3,), None, torch.tensor([True, False])).device == gpu.device
+
+
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_unit_interval_stay_inside_the_vocabulary(uniform):
     weight = torch.tensor([[[0.0, 0.3, 0.7, 0.0]]])

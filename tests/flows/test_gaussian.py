@@ -17,7 +17,7 @@ def draw(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(steps=st.integers(1, 40), seed=seeds)
 def test_exact_velocity_reaches_the_action_in_any_number_of_steps(steps, seed):
     """Along a straight path one Euler step of any size is exact; only rounding is left (float32, 40 additions)."""
@@ -29,7 +29,7 @@ def test_exact_velocity_reaches_the_action_in_any_number_of_steps(steps, seed):
     torch.testing.assert_close(x, action, atol=2e-5, rtol=0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=seeds)
 def test_clean_tokens_pass_interpolation_and_steps_unchanged_to_the_bit(seed):
     """Committed actions must come back as they went in, even −0.0 and next to a velocity that is not a number."""

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vlaflow.compute.spelling import read_sampling
@@ -14,16 +14,16 @@ from vlaflow.flows import gaussian
 from vlaflow.flows.categorical import pick, tempered
 from vlaflow.flows.sampling import Sampling
 
-GRIDS = st.lists(st.floats(0.01, 0.99), max_size=4, unique_by=lambda clock: f"{clock:g}").map(
-    lambda clocks: (1.0, *sorted({float(f"{clock:g}") for clock in clocks}, reverse=True), 0.0)
+GRIDS = st.lists(st.floats(1e-6, 0.999999), max_size=4, unique=True).map(
+    lambda clocks: (1.0, *sorted(clocks, reverse=True), 0.0)
 )
 SAMPLINGS = st.builds(
     Sampling,
     steps=st.integers(1, 40),
-    noise_scale=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    noise_scale=st.sampled_from([0.0, 0.25, 1e-5, 1 / 3, 1.0]),
     grid=st.none() | GRIDS,
     solver=st.sampled_from(["euler", "midpoint", "heun"]),
-    temperature=st.sampled_from([None, 0.0, 0.7]),
+    temperature=st.sampled_from([None, 0.0, 0.7, 2 / 3]),
 )
 
 
@@ -41,7 +41,6 @@ def solve(sampling, velocity, x_BLD):
     return x_BLD, calls
 
 
-@settings(deadline=None)
 @given(sampling=SAMPLINGS)
 def test_what_is_written_reads_back(sampling):
     assert read_sampling(str(sampling), 10, "x") == sampling
@@ -78,7 +77,6 @@ def test_a_stated_grid_brings_its_own_number_of_steps():
     assert Sampling(10, grid=(1.0, 0.3, 0.0)).steps == 2
 
 
-@settings(deadline=None)
 @given(grid=GRIDS, seed=st.integers(0, 2**31))
 def test_euler_on_any_grid_is_exact_along_a_straight_path(grid, seed):
     """The velocity is constant there, so the sum of the strides, 1, is all that counts; rounding is left (float64)."""
@@ -101,7 +99,6 @@ def test_the_error_falls_with_the_order_of_the_solver(solver, order):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
-@settings(deadline=None)
 @given(sampling=SAMPLINGS)
 def test_evaluations_are_counted_and_none_is_at_clock_zero(sampling):
     _, calls = solve(sampling, lambda x, clock: x, torch.ones(1, 2, 1))

@@ -16,6 +16,7 @@ from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
+from vlaflow.decoders.flow import FlowConfig
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.flows import gaussian
 from vlaflow.flows.sampling import Sampling
@@ -25,6 +26,9 @@ from vlaflow.spec import ActionPrefix
 TRAINED = helpers.policy(masks="synchronous", max_action_prefix=3)
 UNTRAINED = helpers.policy(masks="synchronous")
 BINS = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, masks="unified")
+ONE_ACTION = Policy.create(
+    replace(helpers.policy_config(), decoder=FlowConfig(4, 1), n_action_steps=1), helpers.action_spec(), UNTRAINED.stats, seed=0
+)
 
 
 def action_prefix(count=2, known=4, seed=5):
@@ -194,6 +198,8 @@ def test_executing_what_was_noted_changes_nothing():
     [
         (TRAINED, action_prefix(4), SpecError, "at most 3 committed actions"),
         (UNTRAINED, action_prefix(6, 6), SpecError, "at most 5 committed"),
+        (BINS, action_prefix(6, 6), SpecError, "at most 5 committed"),
+        (ONE_ACTION, action_prefix(1, 1), SpecError, "at most 0 committed actions of a chunk of 1"),
         (UNTRAINED, ActionPrefix(np.zeros((2, 3), np.float32), 1), SpecError, "4 dimensions here, got 3"),
         (helpers.token_policy(DiscreteFlowConfig), action_prefix(), CapabilityError, "cannot continue committed actions"),
         (helpers.token_policy(AutoregressiveConfig), action_prefix(), CapabilityError, "cannot continue committed actions"),
@@ -202,6 +208,34 @@ def test_executing_what_was_noted_changes_nothing():
 def test_what_cannot_be_continued_is_refused(policy, known, error, sentence):
     with pytest.raises(error, match=sentence):
         act(policy, known)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("place", "value"), [((1, 2), 3.5), ((3, 0), -1e30)], ids=["committed", "known"])
+def test_actions_that_lie_far_outside_the_range_are_refused_by_name(place, value, guided):
+    """In other units, they would lead the chunk anywhere, and come back as its first actions."""
+    given = action_prefix()
+    given.actions[place] = value
+    with pytest.raises(
+        SpecError, match=rf"Action {place[0]} of the action prefix has .* in 'd{place[1]}', whose range is -1 to 1"
+    ):
+        act(UNTRAINED, given, guided=guided)
+
+
+def test_actions_a_little_outside_the_range_are_taken_as_they_were_executed():
+    """Robots overshoot and measured ranges are only those of some data: up to a whole range beyond its ends is allowed."""
+    given = action_prefix()
+    given.actions[0, 0] = 2.9
+    np.testing.assert_array_equal(act(TRAINED, given)[:2], given.actions[:2])
+
+
+def test_a_dimension_without_bounds_takes_any_action():
+    dimensions = [
+        replace(d, low=-np.inf, high=high) for d, high in zip(UNTRAINED.action_spec.dimensions, (np.inf, 1) * 2, strict=True)
+    ]
+    policy, given = replace(TRAINED, action_spec=replace(TRAINED.action_spec, dimensions=tuple(dimensions))), action_prefix()
+    given.actions[:, :] = -30.0
+    np.testing.assert_array_equal(act(policy, given)[:2], given.actions[:2])
 
 
 def test_impossible_action_prefixes_are_refused():

@@ -2,20 +2,25 @@
 
 import json
 from dataclasses import replace
+from itertools import count
 from math import inf, nan
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from tests import helpers
 from tests.decoders import test_latent_flow as latent
 from tests.serving.live import request, serving
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.compute.calibration import Calibration, ExitEffect, RiskTarget
+from vlaflow.compute.consensus import Consensus
+from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.parse import able
+from vlaflow.compute.refine_tokens import Improbable, RefineTokens
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
@@ -61,6 +66,16 @@ def test_no_compute_policy_answers_with_an_action_that_is_no_number(kind, value)
     for compute in computes:
         with pytest.raises(NotFiniteError, match="is no action"):
             made.act(helpers.observation(), compute)
+
+
+def test_tokens_that_are_regenerated_from_scores_that_are_no_numbers_become_no_chunk(monkeypatch):
+    """Every id decodes to a chunk, and a mean of chunks keeps no probabilities that would tell."""
+    made = helpers.token_policy(MaskedDiffusionConfig)
+    head, compute = made.model.decoder.head, RefineTokens(Improbable(1.0), Sampling(2), Dense(3))
+    looks = count()
+    monkeypatch.setattr(head, "forward", lambda x: functional.linear(x, head.weight) * (nan if next(looks) >= 3 else 1))
+    with pytest.raises(NotFiniteError):
+        made.act(helpers.observation(), Consensus(1, "mean", compute))
 
 
 def test_an_infinite_action_is_not_clipped_into_the_range():

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import helpers
+from vlaflow.compute.dense import Dense
+from vlaflow.compute.parse import parse
 from vlaflow.compute.refine import Refine
-from vlaflow.errors import CheckpointError, ConfigError, SpecError
+from vlaflow.errors import CalibrationError, CheckpointError, ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.spec import Observation
 
@@ -27,6 +29,19 @@ def test_a_saved_policy_acts_the_same_after_opening(checkpoint):
     assert np.array_equal(chunk.confidence, again.confidence)
     assert again.actions.shape == (6, 4)
     assert again.actions.dtype == np.float32
+
+
+def test_compute_policies_have_the_names_of_the_command_line(checkpoint):
+    policy = Policy.from_pretrained(checkpoint)
+    assert policy.compute("refine:2") == parse("refine:2")
+    named, built = (policy.act(helpers.observation(), each) for each in ("dense:3@0.5", Dense(3, noise_scale=0.5)))
+    assert np.array_equal(named.actions, built.actions)
+    with pytest.raises(ConfigError, match="did you mean 'dense'"):
+        policy.act(helpers.observation(), "dence")
+    with pytest.raises(CalibrationError, match=rf"vlaflow calibrate {checkpoint}"):
+        policy.compute("exit:adaptive")
+    with pytest.raises(ConfigError, match=r"'exit:adaptive' is measured for one checkpoint.*from_pretrained"):
+        helpers.policy().compute("exit:adaptive")
 
 
 def test_chunks_are_in_robot_units_within_the_spec():
@@ -105,6 +120,11 @@ def test_damaged_checkpoints_get_one_sentence(checkpoint, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         Policy.from_pretrained(checkpoint)
+
+
+def test_nothing_to_act_on_is_told_in_a_sentence():
+    with pytest.raises(ConfigError, match="no observation to act on"):
+        helpers.policy().act([])
 
 
 def test_a_misspelt_config_key_names_the_nearest(checkpoint):

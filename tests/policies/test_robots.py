@@ -12,7 +12,7 @@ from tests.compute.test_sampler_choice import MADE
 from tests.evaluation.conftest import CONFIG, make_policy
 from vlaflow.compute.calibration import FOLDER
 from vlaflow.compute.sampler_choice import FILE
-from vlaflow.errors import CheckpointError
+from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.evaluation.prepared import prepare
 from vlaflow.policies.base import Policy
 from vlaflow.policies.lerobot import export
@@ -49,6 +49,34 @@ def test_a_robots_folder_without_its_checkpoint_is_one_sentence(both, tmp_path):
     shutil.copytree(both / "robots/mine", tmp_path / "copied")
     with pytest.raises(CheckpointError, match="copied is one robot's part of a checkpoint, without the networks"):
         Policy.from_pretrained(tmp_path / "copied")
+
+
+def test_a_robot_may_have_the_name_of_any_folder_of_a_checkpoint(tmp_path):
+    """An export leaves out the training's own files, not a robot called after them; hidden files stay behind anywhere."""
+    one = make_policy(rater=False)
+    robots = {name: Robot(one.action_spec, dict(one.stats), ("image",)) for name in ("training", "calibration")}
+    made = Policy.create(one.config, one.action_spec, one.stats, 0, robots=robots)
+    made.save_pretrained(tmp_path / "both")
+    (tmp_path / "both/training").mkdir()
+    (tmp_path / "both/training/log.jsonl").write_text("{}\n")
+    (tmp_path / "both/robots/training/.left").write_text("")
+    export(tmp_path / "both", tmp_path / "out", "training")
+    assert Policy.from_pretrained(tmp_path / "out").robot == "training"
+    assert not list((tmp_path / "out").rglob("log.jsonl")) + list((tmp_path / "out").rglob(".left"))
+
+
+@pytest.mark.parametrize("read", [Policy.from_pretrained, read_config], ids=["open", "plan"])
+def test_a_checkpoint_of_another_version_is_refused_with_that_version(tmp_path, read):
+    """A key that only a later version knows looks like damage otherwise; one of this version is damage."""
+    make_policy(rater=False).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for version, said in (
+        ("9.8.7", r"Unknown key .*written by vlaflow '9\.8\.7', and this is .*open it with that version\.$"),
+        (config["vlaflow"], r"Unknown key '\S+new_thing' in \S+config\.json; (?!.*written by)"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"vlaflow": version, "new_thing": 1}))
+        with pytest.raises(ConfigError, match=said):
+            read(tmp_path)
 
 
 def test_what_belongs_to_another_checkpoint_is_refused_at_opening(both, tmp_path):

@@ -106,7 +106,7 @@ def answer():
         server.engine.close()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(changes=st.dictionaries(st.sampled_from([*hostile.KEYS, "other"]), values, max_size=4))
 def test_any_value_under_any_key_is_answered_by_a_sentence_or_a_chunk(answer, changes):
     said = answer(wire.pack({**request(), **changes}))

@@ -16,6 +16,7 @@ from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
 from vlaflow.cli.main import main
 from vlaflow.cli.plan import answer, cache_command
 from vlaflow.config import to_json
+from vlaflow.data.filters import Filters, filtered
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.nn.block import BlockConfig
@@ -271,6 +272,10 @@ def test_epochs_are_of_the_episodes_that_are_learned_from(estimated, tmp_path, c
     assert len(config.episodes(Dataset.open(dataset))[0]) == 2
     learned = sum(9 + episode for episode in config.episodes(Dataset.open(dataset))[0])
     assert f"of {learned} frames" in " ".join(capsys.readouterr().out.split())
+    main([*given, 'filters={"static": 0.9}', "--set", "validation_fraction=0", "--dataset", dataset])
+    begin = int((~filtered(Dataset.open(dataset), Filters(static=0.9)).no_start_N).sum())
+    assert begin < len(Dataset.open(dataset))
+    assert f"of {begin} frames" in " ".join(capsys.readouterr().out.split())
     assert main([*given, 'hold_out_tasks=["push the puck"]']) == 2
     assert "name one with --dataset" in capsys.readouterr().err
     shape = TrainingData(frames=1000)

@@ -11,7 +11,7 @@ from pathlib import Path
 from vlaflow import __version__
 from vlaflow.actions.base import Tokenizer, TokenizerConfig
 from vlaflow.actions.published_fast import PublishedFast
-from vlaflow.config import from_json, to_json
+from vlaflow.config import from_versioned, to_json
 from vlaflow.errors import ConfigError
 from vlaflow.outputs import write_json
 from vlaflow.strict import read_json
@@ -47,7 +47,7 @@ def open_tokenizer(file: Path) -> TokenizerFile:
     """
     if not file.is_file():
         raise ConfigError(f"There is no tokenizer file {file}. Fit one: vlaflow data fit-tokenizer DATASET --out {file}")
-    return from_json(TokenizerFile, read_json(file, ConfigError, "fit it again: vlaflow data fit-tokenizer."), str(file))
+    return from_versioned(TokenizerFile, read_json(file, ConfigError, "fit it again: vlaflow data fit-tokenizer."), str(file))
 
 
 def load_tokenizer(file: Path, normalisation: str) -> Tokenizer:

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from vlaflow import __version__
 from vlaflow.actions.nsvq import Codebook
-from vlaflow.config import from_json, to_json
+from vlaflow.config import from_versioned, to_json
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.io import load_weights, read_json, save_tensors
 from vlaflow.nn.attention import KeyValues, causal_mask
@@ -330,7 +330,7 @@ class LatentActionModel(nn.Module):
             ConfigError: config.json describes something else, such as a policy.
         """
         folder = Path(folder)
-        found = from_json(LatentFile, read_json(folder / "config.json"), str(folder / "config.json"))
+        found = from_versioned(LatentFile, read_json(folder / "config.json"), str(folder / "config.json"))
         weights = folder / "model.safetensors"
         require_fits(lambda: LatentActionModel.create(found.model, found.origin, 0), weights)
         model = LatentActionModel.create(found.model, found.origin, 0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, LatentFile, Origin, latent_fingerprint
-from vlaflow.config import from_json
+from vlaflow.config import from_versioned
 from vlaflow.io import read_json, read_weights
 
 
@@ -59,7 +59,7 @@ class StoredLatentModel:
             ConfigError: a config.json of something else, such as a policy.
         """
         file = Path(folder) / "config.json"
-        found = from_json(LatentFile, read_json(file), str(file))
+        found = from_versioned(LatentFile, read_json(file), str(file))
         return StoredLatentModel(Path(folder), found.model, found.origin)
 
     def fingerprint(self) -> str:

@@ -234,7 +234,8 @@ class TinyBackbone(LanguageBackbone):
         end = first + suffix_BTW.shape[1]
         if end > self.config.suffix:
             raise ConfigError(
-                f"A decoder adds {end} tokens, the tiny backbone has {self.config.suffix} positions; raise 'suffix'."
+                f"The decoder adds {end} tokens to the observation's, and the tiny backbone has {self.config.suffix} positions "
+                f"for them. In training: --set policy.backbone.suffix={end}"
             )
         return suffix_BTW + self.suffix_position[first:end], None
 

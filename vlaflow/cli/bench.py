@@ -74,9 +74,11 @@ def show(found: Profile, file: Path) -> None:
     from rich.table import Table
 
     title = f"{found.engine}: {found.machine}, {found.threads} thread(s)"
-    table = Table("depth", "prefix ms", "step ms", title=title, title_justify="left")
-    for depth, (prefix, step) in enumerate(zip(found.prefix, found.step, strict=True), 1):
-        table.add_row(str(depth), f"{prefix:.2f}", f"{step:.2f}" if step else "no exit")
+    table = Table("depth", "prefix ms", "start ms", "step ms", title=title, title_justify="left")
+    starts = found.start or (0.0,) * len(found.step)
+    for depth, (prefix, start, step) in enumerate(zip(found.prefix, starts, found.step, strict=True), 1):
+        answers = (f"{start:.2f}", f"{step:.2f}") if step else ("", "no exit")
+        table.add_row(str(depth), f"{prefix:.2f}", *answers)
     console, cost = Console(), found.cost
     console.print(table)
     console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -364,6 +365,7 @@ def _check(arguments: Check) -> int:
 
 
 def _show(arguments: Show) -> int:
+    from rich import box
     from rich.table import Table
 
     from vlaflow.data.lerobot import Dataset
@@ -379,13 +381,15 @@ def _show(arguments: Show) -> int:
     by_task: dict[str, list[int]] = {}
     for episode in dataset.episodes:
         by_task.setdefault(episode.task, []).append(episode.length)
-    tasks = Table("task", "episodes", "frames", "shortest", "longest")
+    tasks = Table(box=box.SIMPLE, padding=0)
+    _add_columns(tasks, words=("task",), numbers=("episodes", "frames", "shortest", "longest"))
     for task, lengths in sorted(by_task.items(), key=lambda item: -len(item[1]))[:MOST_TASKS]:
         tasks.add_row(task, *(str(n) for n in (len(lengths), sum(lengths), min(lengths), max(lengths))))
     console.print(tasks)
     if len(by_task) > MOST_TASKS:
         console.print(f"and {len(by_task) - MOST_TASKS} more tasks with as many episodes or fewer")
-    numbers = Table("feature", "dimension", "min", "q01", "mean", "q99", "max", "std")
+    numbers = Table(box=box.SIMPLE, padding=0)
+    _add_columns(numbers, words=("feature", "dimension"), numbers=("min", "q01", "mean", "q99", "max", "std"))
     for name, stats in compute(dataset).items():
         for d, label in enumerate(dataset.dimension_names(name)):
             values = (stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std)
@@ -395,6 +399,14 @@ def _show(arguments: Show) -> int:
     if arguments.out is not None:
         console.print(f"Written: {write_page(dataset, arguments.out, arguments.episodes)}", soft_wrap=True)
     return 0
+
+
+def _add_columns(table: Any, words: Sequence[str], numbers: Sequence[str]) -> None:
+    """Columns of which none is abbreviated where the terminal is narrow: words are folded, numbers keep their line."""
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, no_wrap=True)
 
 
 def _left_out(dataset: Dataset) -> Any:
@@ -426,6 +438,7 @@ def _print_summary(console: Any, dataset: Dataset) -> None:
         "action": ", ".join(dataset.dimension_names("action")),
     }
     table = Table(show_header=False, box=None)
+    _add_columns(table, words=("", ""), numbers=())
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

@@ -38,8 +38,8 @@ class Demo:
 
     Example: vlaflow demo --out runs/demo
 
-    Three tasks of Meta-World take some ten minutes, three of LIBERO-Object up to an hour, all fifty of Meta-World about
-    three.
+    Three tasks of Meta-World take some ten minutes, three of LIBERO-Object some forty, and all fifty of Meta-World about three
+    hours.
 
     Run the same command again to continue after an interruption.
 

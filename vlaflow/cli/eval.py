@@ -175,14 +175,14 @@ def table(results: Results) -> RenderableType:
     """Table of successes, intervals, steps and latency, followed by the paired tests."""
     from rich import box
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from vlaflow.reports.words import middle, percent, played, short, step_limits, too_few
 
     first = results.evaluations[0]
     grid = Table(
-        "task",
-        "compute",
+        Column("task", overflow="fold"),
+        Column("compute", overflow="fold"),
         "success",
         "95 % interval",
         "steps",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlaflow.compute import sampler_choice
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.compute.calibration import FOLDER
+from vlaflow.compute.calibration import FOLDER, with_folder
 from vlaflow.compute.parse import parse
 from vlaflow.compute.spelling import DEFAULTS, Checkpoint, ComputeKind, Knobs, Spelling
 from vlaflow.errors import CalibrationError
@@ -39,7 +39,7 @@ def calibrated(folder: Path, fingerprint: Callable[[Path], str], knobs: Knobs = 
             folder,
             found.dtype,
             knobs.dtype,
-            sampler_choice.AGAIN,
+            with_folder(sampler_choice.AGAIN, folder),
             knobs.dtype,
         )
     return parse(found.choice, knobs.as_measured(), checkpoint)
@@ -55,7 +55,8 @@ def _parse(typed: Spelling) -> ComputePolicy:
     checkpoint = typed.measured()
     found = calibrated(checkpoint.folder, lambda _: checkpoint.fingerprint, typed.knobs)
     if found is None:
-        raise CalibrationError(f"The sampler of {checkpoint.folder} was not calibrated yet. {sampler_choice.AGAIN}")
+        cure = with_folder(sampler_choice.AGAIN, checkpoint.folder)
+        raise CalibrationError(f"The sampler of {checkpoint.folder} was not calibrated yet. {cure}")
     return found
 
 

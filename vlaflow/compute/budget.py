@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.compute.calibration import FOLDER, Calibration
+from vlaflow.compute.calibration import FOLDER, Calibration, with_folder
 from vlaflow.compute.cost import ChunkWork, CostModel
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.parse import parse
@@ -49,6 +49,7 @@ class Profile:
         base: everything outside layers and solver: image resizing, embedding, units.
         prefix: whole prefix up to each depth 1 … J.
         step: one decoder evaluation at each depth 1 … J; 0 where no exit was trained.
+        start: what comes before the first evaluation at each depth (noise, latent tokens), likewise; empty for nothing.
         jitter: 99th percentile of a whole chunk over its median.
         chunks: timed.
         versions: of the software.
@@ -73,9 +74,11 @@ class Profile:
     device: str = "cpu"
     dtype: Dtype = "fp32"
     engine: str = "eager"
+    start: tuple[NotNegative, ...] = ()
 
     def __post_init__(self) -> None:
-        depths = {len(each) for each in (self.prefix, self.step, self.work.prefix, self.work.step)}
+        stated = (self.prefix, self.step, self.work.prefix, self.work.step, self.start or self.step)
+        depths = {len(each) for each in stated}
         if len(depths) > 1 or depths == {0}:
             raise CalibrationError(f"The parts of a chunk were not all measured at the same depths. {TIME}")
 
@@ -84,8 +87,9 @@ class Profile:
         return self.worst((depth,), nfe)
 
     def worst(self, depths: tuple[int, ...], nfe: int) -> float:
-        """Median of a chunk that leaves at the last of the depths."""
-        return self.base + self.prefix[depths[-1] - 1] + nfe * sum(self.step[depth - 1] for depth in depths)
+        """Median of a chunk that leaves at the last of the depths, where one is made at each of them."""
+        starts = sum(self.start[depth - 1] for depth in depths) if self.start else 0.0
+        return self.base + self.prefix[depths[-1] - 1] + starts + nfe * sum(self.step[depth - 1] for depth in depths)
 
     def converted(self, milliseconds: float, nfe: float, layer_passes: float, eager: Profile) -> float:
         """What a chunk of so many evaluations and layer passes takes here that takes so long eagerly."""
@@ -263,12 +267,12 @@ def within(checkpoint: Checkpoint, milliseconds: float, knobs: Knobs = DEFAULTS)
         measured = knobs.as_measured()
         return choose_sampler(milliseconds, calibration, profile, exits, lambda name: parse(name, measured, checkpoint))
     profile = _profile(checkpoint, knobs)
-    ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, _measure_loss(knobs))
+    ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, with_folder(_measure_loss(knobs), checkpoint.folder))
     _require_weights(checkpoint, LADDER, ladder.checkpoint)
     if ladder.dtype != dtype:
         raise CalibrationError(
-            f"{LADDER} in {checkpoint.folder} was measured in {ladder.dtype}, and this is {dtype}. Measure it: "
-            f"vlaflow calibrate CKPT --dataset DIR --dtype {dtype}"
+            f"{LADDER} in {checkpoint.folder} was measured in {ladder.dtype}, and this is {dtype}. "
+            + with_folder(f"Measure it: vlaflow calibrate CKPT --dataset DIR --dtype {dtype}", checkpoint.folder)
         )
     return choose(milliseconds, profile, ladder, dict(exits_of(checkpoint, dtype)))
 
@@ -290,18 +294,19 @@ def _require_weights(checkpoint: Checkpoint, file: str, found: str) -> None:
 def _profile(checkpoint: Checkpoint, knobs: Knobs) -> Profile:
     """The profile of the checkpoint, measured here."""
     file = profile_file(knobs.engine)
-    profile = _read(checkpoint.folder / file, Profile, _measure_time(knobs))
+    again = with_folder(_measure_time(knobs), checkpoint.folder)
+    profile = _read(checkpoint.folder / file, Profile, again)
     _require_weights(checkpoint, file, profile.checkpoint)
     for what, was, now in (("on", profile.machine, processor()), ("with engine", profile.engine, knobs.engine)):
         if was != now:
-            again = _measure_time(knobs)
             raise CalibrationError(f"{file} in {checkpoint.folder} was measured {what} {was}; this is {now}. {again}")
     measured = (profile.device, profile.threads, profile.dtype)
     here = (device_name(knobs.device), knobs.threads, knobs.dtype)
     if measured != here:
         raise CalibrationError(
             f"{file} in {checkpoint.folder} was measured on {measured[0]} with {measured[1]} thread(s) in {measured[2]}; "
-            f"this is {here[0]} with {here[1]} in {here[2]}. {_measure_time(knobs, everything=True)}"
+            f"this is {here[0]} with {here[1]} in {here[2]}. "
+            + with_folder(_measure_time(knobs, everything=True), checkpoint.folder)
         )
     return profile
 

@@ -6,6 +6,7 @@ measured is in ``evaluation.calibrate``; the mathematics in ``thresholds``.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -30,6 +31,16 @@ COMMAND = "vlaflow calibrate CKPT --dataset DIR"
 AGAIN = f"Calibrate again: {COMMAND}"
 Made = TypeVar("Made")
 Calibrated = TypeVar("Calibrated", bound="Provenance")
+
+
+def with_folder(cure: str, folder: Path) -> str:
+    """A cure with the folder of the checkpoint in place of ``CKPT``, as it is typed in a shell."""
+    return cure.replace("CKPT", shlex.quote(str(folder)))
+
+
+def with_folder_of(cure: str, file: Path) -> str:
+    """A cure with the folder of the checkpoint that a calibration lies in."""
+    return with_folder(cure, next((each.parent for each in file.parents if each.name == FOLDER), file.parent))
 
 
 class Provenance(Protocol):
@@ -124,7 +135,7 @@ def load_calibration(kind: type[Made], file: Path, command: str) -> Made:
     """
     if not file.exists():
         others = sorted(each.stem for each in file.parent.glob("*.json"))
-        hint = nearest(file.stem, others) if others else f"there are none yet: {command}"
+        hint = nearest(file.stem, others) if others else f"there are none yet: {with_folder_of(command, file)}"
         raise CalibrationError(f"There is no calibration {file}; {hint}")
     return from_json(kind, read_json(file, CalibrationError, "calibrate again."), str(file))
 
@@ -240,12 +251,13 @@ class Calibration:
         Raises:
             CalibrationError: saying what differs and what to do.
         """
-        require_made_for(self, where, AGAIN, checkpoint=checkpoint, dataset=dataset, dtype=dtype)
+        again = with_folder_of(AGAIN, Path(where))
+        require_made_for(self, where, again, checkpoint=checkpoint, dataset=dataset, dtype=dtype)
         if plan is not None and plan != self.plan:
             names = ("depths", "metric", "sampling", "warm_start", "restart")
             name = next(n for n in names if getattr(plan, n) != getattr(self.plan, n))
             mine, wanted = getattr(self.plan, name), getattr(plan, name)
-            raise CalibrationError(f"{where} was made with {name} {mine}, not {wanted}. {AGAIN}")
+            raise CalibrationError(f"{where} was made with {name} {mine}, not {wanted}. {again}")
 
     def early_exit(self, label: str) -> EarlyExit:
         """The compute policy."""

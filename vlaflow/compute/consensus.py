@@ -25,6 +25,11 @@ from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Conditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
+from vlaflow.ranges import require_words
+
+_SEEDS = 2**62
+_APART = 0x1E3779B97F4A7C15
+"""Between the seeds of one level of nested consensuses and those of the next (odd, and without a pattern in its bits)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Consensus(ComputePolicy):
     inner: ComputePolicy = field(default_factory=Dense)
 
     def __post_init__(self) -> None:
+        require_words(self)
         if self.draws < 1:
             raise ConfigError(f"A consensus needs at least one draw, got {self.draws}.")
 
@@ -104,7 +110,7 @@ class Consensus(ComputePolicy):
         out = self.inner.decode(
             model,
             shared if k == 1 else shared.select(row_N),
-            [each for generator in generators for each in _generators(generator, k)],
+            [each for generator in generators for each in _generators(generator, k, _levels(self.inner))],
             watch,
             None if conditioning is None else conditioning.select(row_N),
         )
@@ -150,12 +156,24 @@ def medoid(draw_BKLD: Tensor) -> Tensor:
     return distance("l2", one.flatten(0, 2), other.flatten(0, 2)).view(batch, k, k).sum(2).argmin(1)
 
 
-def _generators(generator: Generator, draws: int) -> list[Generator]:
-    """The generator itself and others, seeded by a copy of it so that it is not disturbed."""
+def _generators(generator: Generator, draws: int, level: int) -> list[Generator]:
+    """The generator itself and others, seeded by a copy of it so that it is not disturbed.
+
+    Args:
+        generator: of an observation.
+        draws: how many generators.
+        level: of the consensus: one inside it is given the same generator for its first draw, and must seed other ones.
+    """
     copy = Generator(generator.device)
     copy.set_state(generator.get_state())
-    seeds = torch.randint(2**62, (draws - 1,), generator=copy, device=generator.device).tolist()
+    drawn = torch.randint(_SEEDS, (draws - 1,), generator=copy, device=generator.device).tolist()
+    seeds = ((number + level * _APART) % _SEEDS for number in drawn)
     return [generator, *(Generator(generator.device).manual_seed(seed) for seed in seeds)]
+
+
+def _levels(compute: object) -> int:
+    """Number of consensuses in a compute policy, one inside the other."""
+    return 0 if compute is None else isinstance(compute, Consensus) + _levels(getattr(compute, "inner", None))
 
 
 def _sums(counts: Sequence[int], draws: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from vlaflow.compute.calibration import FOLDER, load_calibration, require_made_for
+from vlaflow.compute.calibration import FOLDER, load_calibration, require_made_for, with_folder_of
 from vlaflow.compute.consensus import Consensus
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.doubts import BelowThreshold, Doubt, Spread
@@ -173,7 +173,8 @@ class RefineCalibration:
         Raises:
             CalibrationError: saying what differs and what to do.
         """
-        require_made_for(self, where, AGAIN, checkpoint=checkpoint, dataset=dataset, dtype=dtype)
+        again = with_folder_of(AGAIN, Path(where))
+        require_made_for(self, where, again, checkpoint=checkpoint, dataset=dataset, dtype=dtype)
 
     def refine(self, label: str, knobs: Knobs, checkpoint: Checkpoint | None = None) -> Refine:
         """The compute policy."""

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
@@ -21,6 +20,7 @@ from vlaflow.compute.consensus import Consensus
 from vlaflow.decoders.base import Conditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.categorical import uniforms
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,7 @@ class AtRandom(Doubt):
 
     def score(self, draft: Draft) -> Scores:
         """Uniform in (−1, 0]."""
-        draws = [torch.rand(draft.action_RLD.shape[1], generator=g) for g in draft.generators]
-        return Scores(-torch.stack(draws).to(draft.action_RLD.device))
+        return Scores(-uniforms(draft.generators, draft.action_RLD.shape[1:2], draft.action_RLD.device))
 
 
 @dataclass(frozen=True)

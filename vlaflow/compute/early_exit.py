@@ -27,6 +27,7 @@ from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling
+from vlaflow.ranges import require_words
 
 WarmStart = Literal["fresh", "same", "anchor", "renoise"]
 
@@ -54,6 +55,7 @@ class ExitPlan:
     restart: float = 0.5
 
     def __post_init__(self) -> None:
+        require_words(self)
         if len(self.depths) < 2 or self.depths[0] < 1 or list(self.depths) != sorted(set(self.depths)):
             raise ConfigError(f"An early exit compares at least two ascending depths from 1 on, got {list(self.depths)}.")
         if not 0 < self.restart <= 1:

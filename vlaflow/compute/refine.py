@@ -109,7 +109,7 @@ class Refine(ComputePolicy):
         watch: Stopwatch,
         conditioning: Conditioning | None = None,
     ) -> Decoded:
-        """See ``ComputePolicy``. Actions given at clock 0 are never doubted, and what bends the first round bends the second.
+        """See ``ComputePolicy``. Committed actions are never doubted, and what bends the first round bends the second.
 
         Where the first round ended early, doubt and regeneration have the whole depth: what was not sure gets everything.
         """
@@ -185,8 +185,8 @@ class Refine(ComputePolicy):
         return Regenerated(action_RLD, nfe, solved(model.decoder, model.backbone.spec.depth, nfe, tokens))
 
     def _countable(self, like_RL: Tensor, kept: Conditioning | None) -> Tensor:
-        """Bool (R, L): the actions that will be executed and are not committed."""
-        free_RL = torch.ones_like(like_RL) if kept is None else ~kept.committed_BL
+        """Bool (R, L): the actions that will be executed because they are in this chunk."""
+        free_RL = torch.ones_like(like_RL) if kept is None else ~kept.settled_BL
         if self.executed is None:
             return free_RL
         return free_RL & (

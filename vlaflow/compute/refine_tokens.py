@@ -92,8 +92,8 @@ class RefineTokens(ComputePolicy):
     ) -> Decoded:
         """See ``ComputePolicy``. As with ``Refine``, what was doubted gets the whole depth."""
         first = self.inner.decode(model, prefix, generators, watch, conditioning)
-        decoder, tokenizer = model.decoder, model.decoder.tokenizer
-        if first.tokens is None or tokenizer is None:
+        decoder = model.decoder
+        if first.tokens is None:
             raise CapabilityError(f"{self.inner.name} reports no tokens, so there are none to regenerate.")
         action_BLD, parts, groups = first.action_BLD.clone(), [], []
         layers, passes, nfe = list(first.layers), list(first.layer_passes), list(first.nfe)
@@ -120,11 +120,10 @@ class RefineTokens(ComputePolicy):
                 again_A, sure_N = again_R.nonzero()[:, 0], (~again_R).nonzero()[:, 0]
                 part = whole if not len(sure_N) else whole.select(again_A)
                 theirs = [mine[place] for place in again_A.tolist()]
-                made = self._again(decoder, part, before.select(again_A), doubt_RS[again_A], theirs, watch)
-                after = Tokens.cat((before.select(sure_N), made)).select(torch.cat((sure_N, again_A)).argsort())
                 with watch.part("refine"):
-                    remade = torch.from_numpy(tokenizer.decode(made.id_BS.cpu().numpy()).action_BLD)
-                    action_BLD[row_R[again_A]] = remade.to(action_BLD.device)
+                    made, remade_ALD = self._again(decoder, part, before.select(again_A), doubt_RS[again_A], theirs)
+                action_BLD[row_R[again_A]] = remade_ALD
+                after = Tokens.cat((before.select(sure_N), made)).select(torch.cat((sure_N, again_A)).argsort())
             parts.append(after)
             depth = model.backbone.spec.depth
             more = [a - b for a, b in zip(after.passes(depth), before.passes(depth), strict=True)]
@@ -147,24 +146,19 @@ class RefineTokens(ComputePolicy):
             tokens=tokens,
         )
 
-    def _again(  # noqa: PLR0917
-        self,
-        decoder: Decoder[Any],
-        prefix: Prefix,
-        before: Tokens,
-        doubt_RS: Tensor,
-        generators: Sequence[Generator],
-        watch: Stopwatch,
-    ) -> Tokens:
-        with watch.part("refine"):
-            state = decoder.solve(prefix, generators, self.sampling, TokenConditioning(before.id_BS, doubt_RS.float()))
-            after = decoder.tokens(state)
-        assert after is not None  # it has a tokenizer
+    def _again(
+        self, decoder: Decoder[Any], prefix: Prefix, before: Tokens, doubt_RS: Tensor, generators: Sequence[Generator]
+    ) -> tuple[Tokens, Tensor]:
+        """The second round of R chunks: their tokens with what both rounds cost, and normalised actions (R, L, D)."""
+        state = decoder.solve(prefix, generators, self.sampling, TokenConditioning(before.id_BS, doubt_RS.float()))
+        after = decoder.tokens(state)
+        assert after is not None  # the first round reported some
         probability_RS = torch.where(doubt_RS, after.probability_BS, before.probability_BS)
         counts = tuple(a + b for a, b in zip(before.nfe, after.nfe, strict=True))
         revised_RN = torch.cat((before.revised_BN, after.revised_BN), 1)
         runs = tuple(a + b for a, b in zip(before.prefix_runs, after.prefix_runs, strict=True))
-        return replace(after, probability_BS=probability_RS, revised_BN=revised_RN, nfe=counts, prefix_runs=runs)
+        made = replace(after, probability_BS=probability_RS, revised_BN=revised_RN, nfe=counts, prefix_runs=runs)
+        return made, decoder.finish(state)
 
 
 def _parse(typed: Spelling) -> RefineTokens:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 
-from vlaflow.compute.calibration import FOLDER
+from vlaflow.compute.calibration import FOLDER, with_folder
 from vlaflow.compute.spelling import Checkpoint
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError
@@ -187,11 +187,12 @@ def load(checkpoint: Checkpoint) -> SamplerCalibration | None:
     file = checkpoint.folder / FOLDER / FILE
     if not file.exists():
         return None
-    found = from_json(SamplerCalibration, read_json(file, CalibrationError, f"it is damaged. {AGAIN}"), str(file))
+    again = with_folder(AGAIN, checkpoint.folder)
+    found = from_json(SamplerCalibration, read_json(file, CalibrationError, f"it is damaged. {again}"), str(file))
     if found.checkpoint != checkpoint.fingerprint:
         raise CalibrationError(
-            f"{file} was made for checkpoint {found.checkpoint}, and this one is {checkpoint.fingerprint}. {AGAIN}"
+            f"{file} was made for checkpoint {found.checkpoint}, and this one is {checkpoint.fingerprint}. {again}"
         )
     if found.choice not in {each.compute for each in found.candidates}:
-        raise CalibrationError(f"{file} chooses {found.choice}, which is no candidate in it. {AGAIN}")
+        raise CalibrationError(f"{file} chooses {found.choice}, which is no candidate in it. {again}")
     return found

@@ -93,7 +93,10 @@ class Spelling:
             ConfigError: where there is none.
         """
         if self.checkpoint is None:
-            raise ConfigError(f"'{self.name}' is measured for one checkpoint; say which.")
+            raise ConfigError(
+                f"'{self.name}' is measured for one checkpoint, and the policy was opened from none. Save it, have it measured "
+                "there, and open it with Policy.from_pretrained."
+            )
         return self.checkpoint
 
     def require(self, *, more: bool = False, inner: bool = False, usage: str) -> None:

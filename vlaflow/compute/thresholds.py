@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from vlaflow.errors import ConfigError
+from vlaflow.errors import ConfigError, nearest
 
 Distribution = Literal["exponential", "gaussian", "gamma"]
 NEVER, ALWAYS = -np.inf, np.inf
@@ -57,6 +57,8 @@ def exit_shares(distribution: Distribution, budget: float, exits: int, *, first_
     """
     if not budget > 0 or not np.isfinite(budget):
         raise ConfigError(f"An exit budget is a positive number, got {budget}.")
+    if distribution not in get_args(Distribution):
+        raise ConfigError(f"There is no distribution '{distribution}'; {nearest(distribution, get_args(Distribution))}")
     if exits < 1 or (exits < 2 and not first_exit):
         raise ConfigError(f"{exits} exit{'s' if exits != 1 else ''} leave none to choose from.")
     k_K = np.arange(1, exits + 1, dtype=np.float64)

@@ -16,12 +16,14 @@ from pathlib import Path
 import av
 import numpy as np
 
+from vlaflow.data.dead_cameras import Pictured, dead_cameras
 from vlaflow.data.draft import stated
 from vlaflow.data.exclusions import intervened, paused
 from vlaflow.data.frames import damaged_blocks
 from vlaflow.data.hashes import HASHES, stored_hashes
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.lerobot_meta import some
+from vlaflow.data.lerobot_rows import RowsError
 from vlaflow.data.quality import INTERVENTIONS, PauseRule
 from vlaflow.data.stats import FeatureStats, compute
 from vlaflow.data.transforms import floors, nearly_constant
@@ -59,13 +61,14 @@ def check(
         progress: called with (videos done, total videos).
         deep: also compare decoded frames with the hashes that the writer stored, and frame caches with their checksums.
     """
-    problems, remarks = [], list(dataset.notes)
+    problems: list[str] = []
+    remarks = list(dataset.notes)
     hashes: Mapping[str, Sequence[str]] = {}
     try:
         dataset.columns()
         remarks += _about_numbers(dataset)
     except DataError as error:
-        problems.append(str(error))
+        problems += error.sentences if isinstance(error, RowsError) else [str(error)]
     problems += _surplus_frames(dataset)
     if deep:
         try:
@@ -75,14 +78,15 @@ def check(
             problems.append(str(error))
         problems += damaged_blocks(dataset)
     tasks = [(episode.index, view) for view in dataset.views for episode in dataset.episodes]
-    decoded = 0
+    pictured: dict[tuple[int, str], Pictured] = {}
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for done, (count, problem) in enumerate(pool.map(partial(_decode, dataset, hashes), tasks), 1):
-            decoded += count
+        for task, (shown, problem) in zip(tasks, pool.map(partial(_decode, dataset, hashes), tasks), strict=True):
+            pictured[task] = shown
             problems += [problem] if problem else []
             if progress:
-                progress(done, len(tasks))
-    return Findings(tuple(problems), tuple(remarks), decoded)
+                progress(len(pictured), len(tasks))
+    remarks += dead_cameras(pictured, list(dataset.views), dataset.fps, dataset.root)
+    return Findings(tuple(problems), tuple(remarks), sum(shown.frames for shown in pictured.values()))
 
 
 def about_jitter(name: str, dimensions: Sequence[str], stats: FeatureStats) -> list[str]:
@@ -101,24 +105,24 @@ def about_jitter(name: str, dimensions: Sequence[str], stats: FeatureStats) -> l
     ]
 
 
-def _decode(dataset: Dataset, hashes: Mapping[str, Sequence[str]], which: tuple[int, str]) -> tuple[int, str | None]:
-    """How many frames of an episode's view can be decoded, and what is wrong with it."""
-    (number, view), count, digest = which, 0, FrameDigest()
+def _decode(dataset: Dataset, hashes: Mapping[str, Sequence[str]], which: tuple[int, str]) -> tuple[Pictured, str | None]:
+    """What the frames of an episode's view show, as far as they can be decoded, and what is wrong with it."""
+    (number, view), shown, digest = which, Pictured(), FrameDigest()
     try:
-        for _ in dataset.iter_frames(number, view, digest=digest):
-            count += 1
+        for _ in shown.watch(dataset.iter_frames(number, view, digest=digest)):
+            pass
     except DataError as error:
-        return count, str(error)
+        return shown, str(error)
     key = dataset.views[view]
     stored = hashes.get(key, ())
     if number < len(stored) and stored[number] != str(digest):
         path = dataset.video_paths(number)[key].relative_to(dataset.root)
-        return count, (
+        return shown, (
             f"Episode {number} of {dataset.root}: the frames of '{key}' ({path}) are not those that were written, so bits of "
             f"the file have changed. Copy it again, or leave the episode out: "
             f"vlaflow data drop {dataset.root} --episodes {number} --out DIR"
         )
-    return count, None
+    return shown, None
 
 
 def _about_hashes(dataset: Dataset, hashes: Mapping[str, Sequence[str]]) -> list[str]:

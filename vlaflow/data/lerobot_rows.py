@@ -6,7 +6,8 @@ and a note says so. Where a row would be given the wrong meaning, it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,17 @@ class Vector:
 
     keys: tuple[str, ...]
     names: tuple[str, ...]
+
+
+class RowsError(DataError):
+    """Rows that are refused: the error of the first, and in ``sentences`` those of all episodes whose rows are.
+
+    Timestamps that disagree with the rate are one sentence for all episodes, because they have one cause and one cure.
+    """
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        super().__init__(sentences[0])
+        self.sentences = tuple(sentences)
 
 
 @dataclass(frozen=True)
@@ -221,11 +233,13 @@ class _Reader:
             )
         held = np.zeros(len(self.numbers), np.int64)
         held[np.searchsorted(self.numbers, found)] = counts
-        for i in np.flatnonzero(held != self.lengths)[:1]:
-            raise DataError(
-                f"Episode {self.numbers[i]} of {self.root} has {self.lengths[i]} frames according to meta, but {self._path(i)} "
-                f"holds {held[i]} rows of it. Copy the file again, or have the rows' number written: {self.repair}"
-            )
+        problems = [
+            f"Episode {self.numbers[i]} of {self.root} has {self.lengths[i]} frames according to meta, but {self._path(i)} "
+            f"holds {held[i]} rows of it. Copy the file again, or have the rows' number written: {self.repair}"
+            for i in np.flatnonzero(held != self.lengths).tolist()
+        ]
+        if problems:
+            raise RowsError(problems)
 
     def _ordered(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The rows by episode and frame; LeRobot does without frame numbers, so they may begin anywhere or be all the same."""
@@ -266,39 +280,55 @@ class _Reader:
         return time - np.repeat(np.where(late, first, 0.0), self.lengths)
 
     def _check_rows(self, rows: dict[str, np.ndarray]) -> None:
+        """Refuse rows that would be given the wrong meaning, with all episodes that have some."""
         starts = np.repeat(self.starts, self.lengths)
         miscounted = rows["frame"] != np.arange(len(starts)) - starts
-        if miscounted.any():
-            cure = ""
-            if self._is_clock(rows["time"][self._own(self._place(int(np.argmax(miscounted))))]):
-                cure = f"Fix the column, or have frames counted by the timestamps: {self.repair}"
-            self._refuse(rows, miscounted, "frame_index", "does not count from 0", cure)
+        count = f"Fix the column, or have frames counted by the timestamps: {self.repair}"
+        problems = self._refused(
+            rows,
+            miscounted,
+            "frame_index",
+            "does not count from 0",
+            lambda place: count if self._is_clock(rows["time"][self._own(place)]) else "",
+        )
         places = self.meta.tasks.places(rows["task"])
         cure = f"Fix the column, or have the only task written that meta lists for the episode: {self.repair}"
-        self._refuse(rows, places < 0, "task_index", "names no task in meta", cure)
-        rows["task"] = places
-        self._note_tasks(rows)
-        self._check_times(rows)
+        problems += self._refused(rows, places < 0, "task_index", "names no task in meta", lambda _: cure)
+        if not problems:
+            rows["task"] = places
+            self._note_tasks(rows)
+        if not miscounted.any():
+            problems += self._check_times(rows)
         for name, vector in self.vectors.items():
             bad = ~(np.abs(rows[name]) <= LARGEST)
-            if bad.any():
-                row, dimension = (int(i) for i in np.argwhere(bad)[0])
-                path = self._path(self._place(row))
-                raise DataError(
-                    f"Episode {rows['episode'][row]} of {self.root} holds {rows[name][row, dimension]} in "
+            for row in self._firsts(bad.any(axis=1)):
+                dimension = int(np.argmax(bad[row]))
+                number = rows["episode"][row]
+                problems.append(
+                    f"Episode {number} of {self.root} holds {rows[name][row, dimension]} in "
                     f"'{','.join(vector.keys)}' at frame {rows['frame'][row]}, dimension {dimension} "
-                    f"('{vector.names[dimension]}') ({path}). Record the episode again, or "
-                    f"leave it out: vlaflow data drop {self.root} --episodes {rows['episode'][row]} --out DIR"
+                    f"('{vector.names[dimension]}') ({self._path(self._place(row))}). Record the episode again, or "
+                    f"leave it out: vlaflow data drop {self.root} --episodes {number} --out DIR"
                 )
+        if problems:
+            raise RowsError(problems)
 
-    def _check_times(self, rows: Mapping[str, np.ndarray]) -> None:
+    def _check_times(self, rows: Mapping[str, np.ndarray]) -> list[str]:
         """Frames are addressed by number, so a timestamp must be nearest to its own frame; how exact it is, a note says."""
         off = np.abs(rows["time"].astype(np.float64) - rows["frame"] / self.fps)
         rounding = np.abs(rows["time"]) * ROUNDING
-        bad = ~(off < self.limit_s + rounding)  # NaN is no time
+        none = ~np.isfinite(off)
+        if none.any():
+            cure = f"Fix the column, or have times written that follow from the numbers of the frames: {self.repair}"
+            return self._refused(rows, none, "timestamp", "is no time", lambda _: cure)
+        bad = off >= self.limit_s + rounding
         if bad.any():
             what = f"disagrees with fps = {self.fps:g} in meta/info.json by {self.limit_s * 1000:.3g} ms or more"
-            cure = "Fix the column, or give a larger --tolerance-s if frames are to be taken by number whatever the clock says."
+            enough = math.floor(off.max() * 1000 + 1) / 1000
+            cure = (
+                f"Fix the column, or give a larger --tolerance-s ({enough:g} is enough) if frames are to be taken by number "
+                "whatever the clock says."
+            )
             times = [rows["time"][self._own(place)] for place in range(len(self.numbers))]
             rate, mean = regular_rate(times, self.fps), mean_rate(times)
             if rate is not None:
@@ -306,13 +336,14 @@ class _Reader:
                 cure = f"If that is their rate, correct fps there, or have it corrected: {self.repair}"
             elif mean is not None and abs(mean / self.fps - 1) > 0.05:
                 what += f"; the rows are {mean:.4g} per second on average"
-            self._refuse(rows, bad, "timestamp", what, cure)
+            return self._refused(rows, bad, "timestamp", what, lambda _: cure)[:1]
         if (off >= TOLERANCE_S + rounding).any():
             row = int(np.argmax(off))
             self.notes.append(
                 f"Timestamps are up to {off[row] * 1000:.3g} ms away from frame_index / fps (most in episode "
                 f"{rows['episode'][row]}, frame {rows['frame'][row]}); frames are taken by their number."
             )
+        return []
 
     def _note_tasks(self, rows: Mapping[str, np.ndarray]) -> None:
         """Frames whose instruction is none that meta gives their episode keep their own."""
@@ -332,18 +363,27 @@ class _Reader:
                 "counts."
             )
 
-    def _refuse(self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str, cure: str) -> None:
-        if bad.any():
-            row, name = int(np.argmax(bad)), next(name for name, key in KEYS.items() if key == column)
+    def _firsts(self, bad: np.ndarray) -> list[int]:
+        """The first bad row of every episode that has one."""
+        rows = np.flatnonzero(bad)
+        places = np.searchsorted(self.starts, rows, side="right")
+        return rows[np.unique(places, return_index=True)[1]].tolist()
+
+    def _refused(
+        self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str, cure: Callable[[int], str]
+    ) -> list[str]:
+        """A sentence about the first bad row of every episode that has one; ``cure`` takes the episode's place."""
+        name = next(name for name, key in KEYS.items() if key == column)
+        found = []
+        for row in self._firsts(bad):
             place = self._place(row)
             number = self.numbers[place]
-            cure = (
-                cure or f"Fix the column, or leave the episode out: vlaflow data drop {self.root} --episodes {number} --out DIR"
-            )
-            raise DataError(
+            fix = f"Fix the column, or leave the episode out: vlaflow data drop {self.root} --episodes {number} --out DIR"
+            found.append(
                 f"Episode {number} of {self.root}: '{column}' is {rows[name][row]:g} at frame "
-                f"{row - self.starts[place]} ({self._path(place)}), which {what}. {cure}"
+                f"{row - self.starts[place]} ({self._path(place)}), which {what}. {cure(place) or fix}"
             )
+        return found
 
     def _place(self, row: int) -> int:
         """The place among the episodes of the one that a row belongs to."""

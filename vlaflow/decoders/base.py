@@ -190,8 +190,8 @@ class Decoder(nn.Module, ABC, Generic[State]):
 
     @property
     def max_action_prefix(self) -> int:
-        """How many committed actions a chunk may begin with; 0 where it can continue none."""
-        return self.chunk_size if {Capability.CONDITIONING, Capability.REGENERATION} <= self.capabilities else 0
+        """How many committed actions a chunk may begin with, which leave at least one to make; 0 where it can continue none."""
+        return self.chunk_size - 1 if {Capability.CONDITIONING, Capability.REGENERATION} <= self.capabilities else 0
 
     def begin_from(self, backbone: Backbone) -> None:
         """Take first values from a backbone's own weights, where the config asks for it; by default none."""

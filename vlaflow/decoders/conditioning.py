@@ -54,6 +54,11 @@ class Conditioning:
         """bool, actions at clock 0, which nothing changes."""
         return self.clock_BL == 0
 
+    @property
+    def settled_BL(self) -> Tensor:
+        """bool, actions that are executed whatever the chunk says: at clock 0, or with the full weight of guidance."""
+        return self.committed_BL if self.guidance is None else self.committed_BL | (self.guidance.weight_BL == 1)
+
     @staticmethod
     def around(conditioning: Conditioning | None, draft_BLD: Tensor, clock_BL: Tensor, *, noised: bool = False) -> Conditioning:
         """What a chunk starts from that is made from a draft of itself: what was committed stays, and so does the guidance.

@@ -50,7 +50,7 @@ from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
-from vlaflow.policies.provenance import fingerprint, new_episodes, reading_of, trained_on
+from vlaflow.policies.provenance import LeftOut, fingerprint, left_out_by, new_episodes, reading_of, trained_on
 from vlaflow.progress import progress
 from vlaflow.versions import command_line, versions
 
@@ -240,6 +240,7 @@ def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
 def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: int, seed: int = 0) -> Sample:
     """Sample frames of the episodes, half of them for the thresholds and half for testing them; no episode is in both halves.
 
+    Actions after an intervention, as the policy's training defined it, do not count.
     Episodes are assigned to the halves alternately, in a random order within each task, so both halves contain every task.
     """
     if len(episodes) < 2 or frames < 4:
@@ -248,7 +249,8 @@ def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: in
     views = policy.views
     area = policy.config.backbone.input_size.area
     found = open_few_frames(dataset, next(iter(views.values())), list(views), area=area)
-    windows = Windows(dataset, found, policy.chunk_size, episodes)
+    left_out = left_out_by(policy.folder) or LeftOut()
+    windows = Windows(dataset, found, policy.chunk_size, episodes, intervention_rule=left_out.interventions)
     random = np.random.default_rng(seed)
     by_task: dict[str, list[int]] = {}
     for episode in random.permutation(np.asarray(episodes)).tolist():

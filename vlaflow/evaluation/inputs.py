@@ -24,8 +24,6 @@ import torch
 from torch import Tensor
 
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.compute.parse import parse
-from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
@@ -113,8 +111,7 @@ def run(
     """
     policy, mark = Policy.from_pretrained(checkpoint, device), fingerprint(checkpoint)
     data = Dataset.open(dataset, reading=reading or reading_of(checkpoint, dataset))
-    knobs = Knobs(device=device)
-    chosen = policy.default_compute if compute == "auto" else parse(compute, knobs, Checkpoint(checkpoint, mark))
+    chosen = policy.default_compute if compute == "auto" else policy.compute(compute)
     chosen.needs.check(policy.model, chosen.name)
     episodes = data.numbers if new_data else held_out(checkpoint, data)
     found = sample(policy, data, episodes, frames)

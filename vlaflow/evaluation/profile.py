@@ -62,7 +62,7 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
         threads=threads,
         base=max(middle["chunk"] - full, middle["embed"]),
         prefix=tuple(middle[f"prefix {depth}"] for depth in depths),
-        step=tuple(middle.get(f"step {depth}", 0.0) / nfe for depth in depths),
+        step=tuple(max(0.0, middle.get(f"step {d}", 0.0) - middle.get(f"start {d}", 0.0)) / nfe for d in depths),
         jitter=float(np.percentile(times["chunk"], 99)) / middle["chunk"],
         chunks=rounds,
         versions=versions(),
@@ -75,6 +75,7 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
         device=device_name(str(policy.device)),
         dtype=policy.dtype,
         engine=model.engine,
+        start=tuple(middle.get(f"start {depth}", 0.0) for depth in depths),
     )
 
 
@@ -106,7 +107,10 @@ def acting(policy: Policy, compute: ComputePolicy, observations: Sequence[Observ
 
 
 def _parts(policy: Policy, observation: Observation) -> dict[str, Callable[[], object]]:
-    """The parts of a chunk by name: "embed", "prefix DEPTH" and, where an exit was trained, all evaluations, "step DEPTH"."""
+    """The parts of a chunk by name: "embed" and "prefix DEPTH".
+
+    Where an exit was trained, also "start DEPTH", and "step DEPTH": the start and all evaluations.
+    """
     model, batch = policy.model, policy.own(ObservationBatch.collate([observation]))
     embedded = policy.embed(batch)
     found: dict[str, Callable[[], object]] = {"embed": lambda: policy.embed(batch)}
@@ -114,6 +118,9 @@ def _parts(policy: Policy, observation: Observation) -> dict[str, Callable[[], o
         found[f"prefix {depth}"] = lambda depth=depth: model.read(embedded, depth)  # type: ignore[misc]
         if depth in model.depths:
             prefix = model.read(embedded, depth)
+            found[f"start {depth}"] = lambda prefix=prefix: model.decoder.start(  # type: ignore[misc]
+                prefix, [Generator().manual_seed(0)], SAMPLING
+            )
             found[f"step {depth}"] = lambda prefix=prefix: model.decoder.sample(  # type: ignore[misc]
                 prefix, [Generator().manual_seed(0)], SAMPLING
             )
@@ -133,8 +140,8 @@ def _work_of_parts(policy: Policy, observation: Observation) -> dict[str, Work]:
     for name, part in _parts(policy, observation).items():
         kind, _, depth = name.partition(" ")
         layers = int(depth or 0)
-        steps = nfe * (layers + 1) + policy.model.decoder.start_passes(layers)
-        passes = {"embed": len(policy.views), "prefix": layers, "step": steps}
+        start = policy.model.decoder.start_passes(layers)
+        passes = {"embed": len(policy.views), "prefix": layers, "start": start, "step": start + nfe * (layers + 1)}
         found[name] = _work(part, policy, passes[kind])
     return found
 

@@ -28,7 +28,8 @@ def uniforms(
     """
     drawing = [True] * len(generators) if drawing_B is None else drawing_B.tolist()
     drawn = [
-        torch.rand(tuple(shape), generator=g) if d else torch.zeros(*shape) for g, d in zip(generators, drawing, strict=True)
+        torch.rand(tuple(shape), generator=g, device=g.device) if d else torch.zeros(tuple(shape), device=g.device)
+        for g, d in zip(generators, drawing, strict=True)
     ]
     return torch.stack(drawn).to(device)
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
+
 from vlaflow.errors import ConfigError
+from vlaflow.ranges import require_words
 
 Solver = Literal["euler", "midpoint", "heun"]
 """First order, and two of second order, which evaluate the network twice a step. Heun's last step is Euler's: it would need the
@@ -43,6 +46,7 @@ class Sampling:
     expected: bool = False
 
     def __post_init__(self) -> None:
+        require_words(self)
         if self.grid is not None:
             falling = all(later < before for before, later in pairwise(self.grid))
             if len(self.grid) < 2 or (self.grid[0], self.grid[-1]) != (1, 0) or not falling:
@@ -57,10 +61,10 @@ class Sampling:
 
     def __str__(self) -> str:
         """As it is typed."""
-        clocks = "-".join(f"{clock:g}" for clock in self.grid) if self.grid else str(self.steps)
-        noise = "" if self.noise_scale == 1 else f"@{self.noise_scale:g}"
+        clocks = "-".join(map(_typed, self.grid)) if self.grid else str(self.steps)
+        noise = "" if self.noise_scale == 1 else f"@{_typed(self.noise_scale)}"
         solver = "" if self.solver == "euler" else f",{self.solver}"
-        temperature = "" if self.temperature is None else f",temperature={self.temperature:g}"
+        temperature = "" if self.temperature is None else f",temperature={_typed(self.temperature)}"
         return clocks + noise + solver + temperature + ",expected" * self.expected
 
     @property
@@ -75,3 +79,8 @@ class Sampling:
     def progress(self, done: int) -> float:
         """Share of the way from clock 1 to 0 after ``done`` steps."""
         return done / self.steps if self.grid is None else 1 - self.grid[done]
+
+
+def _typed(number: float) -> str:
+    """The shortest decimal that reads back as this number, without an exponent."""
+    return np.format_float_positional(number, trim="-")

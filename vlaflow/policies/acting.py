@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from vlaflow.data.reading import Reading
 from vlaflow.data.windows import Windows
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy, PolicyConfig
-from vlaflow.policies.recipe import TrainConfig
+from vlaflow.policies.provenance import left_out_by, run_of
+from vlaflow.policies.recipe import Base, TrainConfig
 from vlaflow.spec import ActionSpec
 from vlaflow.text import shortened
 
@@ -44,6 +46,23 @@ def stated_spec(dataset: Dataset) -> ActionSpec:
             "--action-spec FILE."
         )
     return dataset.action_spec
+
+
+def as_trained(config: TrainConfig, base: Base, data: str, overrides: Iterable[str]) -> TrainConfig:
+    """The config with the rules for pauses and interventions by which the policy was trained that it continues.
+
+    Those of other data may mean nothing here, so they are kept where the data are the same.
+
+    Args:
+        config: of a stage that continues the policy.
+        base: the policy.
+        data: fingerprint of what the stage learns from.
+        overrides: keys that were set, which stay.
+    """
+    rules, stated = left_out_by(base.folder), {key.partition(".")[0] for key in overrides}
+    if rules is None or run_of(base.folder).get("data") != data:
+        return config
+    return replace(config, **{each.name: getattr(rules, each.name) for each in fields(rules) if each.name not in stated})
 
 
 def require_enough(config: TrainConfig, dataset: Dataset, chunk_size: int, stage: str = "") -> Exclusions:

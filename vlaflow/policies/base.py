@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import overload
 
@@ -25,11 +24,8 @@ from vlaflow import __version__
 from vlaflow.backbones.base import Prefix
 from vlaflow.backbones.inputs import Processor, require_state
 from vlaflow.backbones.language import speaking
-from vlaflow.compute.auto import calibrated
 from vlaflow.compute.base import ComputePolicy, Stopwatch
-from vlaflow.compute.dense import Dense
-from vlaflow.compute.spelling import Knobs
-from vlaflow.config import from_json, to_json
+from vlaflow.config import from_versioned, to_json
 from vlaflow.data.batch import Batch, ObservationBatch, VqaBatch
 from vlaflow.data.common import CommonShape, Normalizers
 from vlaflow.data.stats import FeatureStats
@@ -40,7 +36,7 @@ from vlaflow.decoders.losses import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rating import BaseRaterConfig
 from vlaflow.engine.deploy import Engine
-from vlaflow.errors import CapabilityError, SpecError
+from vlaflow.errors import CapabilityError
 from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype, autocast, is_bf16, round_matrices
 from vlaflow.nn.stored import drawing
@@ -49,10 +45,10 @@ from vlaflow.policies.action_prefix import conditioning_of, in_lists
 from vlaflow.policies.adapters import save_merged
 from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.chunks import chunks
+from vlaflow.policies.computes import Computes
 from vlaflow.policies.engines import with_engine
 from vlaflow.policies.policy_config import PolicyConfig
 from vlaflow.policies.processor import Drawn, PolicyProcessor, Prepared, PreparedAnswers, require_views
-from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.robots import FOLDER, Robot, chosen_robot, read_robots, write_robots
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
 from vlaflow.stacks.base import blocks_of
@@ -95,14 +91,11 @@ class Policy:
     processor: PolicyProcessor = field(init=False, repr=False)
     action_normalizer: Normalizer = field(init=False, repr=False)
     _action: Normalizers = field(init=False, repr=False)
+    _computes: Computes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         c, widest = self.config, max((r.action_spec.dim for r in self.robots.values()), default=self.action_spec.dim)
-        if widest > c.decoder.action_dim or (widest < c.decoder.action_dim and not self.robots):
-            raise SpecError(
-                f"The decoder makes {c.decoder.action_dim} action dimensions, the action spec names {widest}. Set "
-                "decoder.action_dim to the data set's."
-            )
+        c.require_actions(widest, padded=bool(self.robots))
         own = self.backbone_processor = self.backbone_processor or c.backbone.processor()
         acting = self.robots[self.robot] if self.robot else Robot(self.action_spec, dict(self.stats), ())
         state, action = zip(*(robot.normalizers(c) for robot in self.robots.values() or (acting,)), strict=True)
@@ -112,6 +105,7 @@ class Policy:
         width = c.backbone.state_dim if self.robots else state[0].dim
         self.processor = PolicyProcessor(views, Normalizers(state, width), own, c.backbone.input_size.area)
         self._action = Normalizers(action, c.decoder.action_dim)
+        self._computes = Computes(self.folder)
 
     @staticmethod
     def create(
@@ -148,15 +142,19 @@ class Policy:
         model = Model(self.model.backbone, self.model.decoder, network, self.model.depths)
         return replace(self, config=replace(self.config, rater=rater), model=model, folder=None)
 
-    @cached_property
+    @property
     def default_compute(self) -> ComputePolicy:
-        """What ``act`` runs unless the caller says otherwise: ``auto`` where the sampler was calibrated, else ``Dense()``.
+        """What ``act`` runs unless the caller says otherwise: ``auto`` where the sampler was calibrated, else ``Dense()``."""
+        return self._computes.default(self)
+
+    def compute(self, name: str) -> ComputePolicy:
+        """The compute policy that the command line knows by this name, such as "exit:adaptive" (``vlaflow.compute.parse``).
 
         Raises:
-            CalibrationError: for a calibration of other weights.
+            ConfigError: for an unknown or malformed name.
+            CalibrationError: for a calibration or measurement that is missing, or of other weights.
         """
-        knobs = Knobs(dtype=self.dtype)
-        return (None if self.folder is None else calibrated(self.folder, fingerprint, knobs)) or Dense()
+        return self._computes.named(name, self)
 
     @property
     def chunk_size(self) -> int:
@@ -289,7 +287,7 @@ class Policy:
     def act(
         self,
         observation: Observation,
-        compute: ComputePolicy | None = None,
+        compute: ComputePolicy | str | None = None,
         *,
         generator: Generator | None = None,
         action_prefix: ActionPrefix | None = None,
@@ -300,7 +298,7 @@ class Policy:
     def act(
         self,
         observation: Sequence[Observation],
-        compute: ComputePolicy | None = None,
+        compute: ComputePolicy | str | None = None,
         *,
         generator: Sequence[Generator] | None = None,
         action_prefix: Sequence[ActionPrefix | None] | None = None,
@@ -310,7 +308,7 @@ class Policy:
     def act(
         self,
         observation: Observation | Sequence[Observation],
-        compute: ComputePolicy | None = None,
+        compute: ComputePolicy | str | None = None,
         *,
         generator: Generator | Sequence[Generator] | None = None,
         action_prefix: ActionPrefix | Sequence[ActionPrefix | None] | None = None,
@@ -320,24 +318,26 @@ class Policy:
 
         Args:
             observation: one observation, or several of the same robot, in robot units.
-            compute: how much compute to spend; ``default_compute`` by default.
+            compute: how much compute to spend, or its name (see ``compute``); ``default_compute`` by default.
             generator: one per observation; by default each is seeded with 0, so the same observation gives the same chunk.
             action_prefix: what of the chunk before each new one continues; None for a fresh start.
             guided: continue by guidance even where training gave the decoder committed actions.
 
         Returns:
-            One chunk, or one per observation, in robot units, clipped to the action spec's range.
+            One chunk, or one per observation, in robot units, clipped to the action spec's range but for what is committed.
 
         Raises:
-            SpecError: for missing views, states of another length, or committed actions that leave none to make.
+            SpecError: for missing views, states of another length, or an action prefix out of range or as long as the chunk.
+            ConfigError, CalibrationError: for a name that ``compute`` refuses.
             CapabilityError: when the compute policy needs something the checkpoint lacks, or its decoder can continue no chunk.
             NotFiniteError: when the networks compute NaN or an infinite value.
         """
         observations, generators, action_prefixes = in_lists(observation, generator, action_prefix)
         conditioning = conditioning_of(self, action_prefixes, guided=guided)
+        chosen = self.compute(compute) if isinstance(compute, str) else compute or self.default_compute
         # Guidance needs gradients, which tensors of the inference mode can never have.
         with torch.no_grad() if conditioning and conditioning.guidance else torch.inference_mode(), self.precision():
-            made = self._decode(observations, compute or self.default_compute, generators, conditioning)
+            made = self._decode(observations, chosen, generators, conditioning)
         for chunk, known in zip(made, action_prefixes, strict=True):
             if known is not None:
                 chunk.actions[: known.count] = known.actions[: known.count]
@@ -439,8 +439,7 @@ class Policy:
     def of_all_robots(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
         """Open a checkpoint without choosing one of its robots, for further training; otherwise as ``from_pretrained``."""
         folder = local_folder(path)
-        written = {key: value for key, value in read_json(folder / "config.json").items() if key != "vlaflow"}
-        config = from_json(PolicyConfig, written, str(folder / "config.json"))
+        config = from_versioned(PolicyConfig, read_json(folder / "config.json"), str(folder / "config.json"))
         action_spec, stats, robots = read_robots(folder, config)
         model = config.opened(folder / "model.safetensors", device)
         if is_bf16(dtype):

@@ -42,7 +42,7 @@ def local_folder(path: Path | str) -> Path:
     folder = folder.resolve()  # a link or a path such as "." does not say where it lies
     if not (home_of(folder) / "config.json").exists():
         raise CheckpointError(
-            f"{folder} is one robot's part of a checkpoint, without the networks. Copy the whole checkpoint, and give CKPT or "
-            f"CKPT/robots/NAME."
+            f"{folder} is one robot's part of a checkpoint, without the networks. Copy the whole checkpoint, and give its "
+            "folder or robots/NAME in it."
         )
     return folder

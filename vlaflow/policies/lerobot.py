@@ -194,7 +194,7 @@ def export(checkpoint: Path | str, out: Path, robot: str | None = None) -> str:
     folder = local_folder(checkpoint)
     policy = Policy.from_pretrained(folder, robot=robot)
     with whole_folder(out, "The exported checkpoint") as part:
-        copy_files(home_of(folder), part / LEROBOT, leave_out=("training", ".*"))
+        copy_files(home_of(folder), part / LEROBOT, leave_out=("training", ".*", "*/.*"))
         if policy.robot is not None:
             keep_robot(part / LEROBOT, policy.robot)
         for name, content in layout(policy).items():

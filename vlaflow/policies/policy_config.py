@@ -17,10 +17,11 @@ from vlaflow.decoders.base import DecoderConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rating import BaseRaterConfig
-from vlaflow.errors import ConfigError
+from vlaflow.errors import ConfigError, SpecError
 from vlaflow.io import load_weights, require_undamaged
 from vlaflow.nn.meta import require_fits
 from vlaflow.nn.stored import is_sent, is_shared_later, lay, require_same, stored_in, without_memory
+from vlaflow.ranges import require_words
 from vlaflow.spec import ActionSpec
 
 Same = Literal["same"]
@@ -68,6 +69,7 @@ class PolicyConfig:
     n_action_steps: int = 8
 
     def __post_init__(self) -> None:
+        require_words(self)
         if not 1 <= self.n_action_steps <= self.decoder.chunk_size:
             raise ConfigError(
                 f"n_action_steps must lie in 1..{self.decoder.chunk_size} (the chunk size), got {self.n_action_steps}."
@@ -95,6 +97,23 @@ class PolicyConfig:
             raise ConfigError(
                 f"{stage}policy.decoder makes chunks of {self.decoder.chunk_size} actions, but {where} was trained with "
                 f"{before.decoder.chunk_size}, and its chunks keep their length. Leave out the --set that changes it."
+            )
+
+    def require_actions(self, widest: int, *, padded: bool) -> None:
+        """Refuse actions that the decoder cannot make.
+
+        Args:
+            widest: dimensions of the actions, of the robot that has most.
+            padded: whether fewer dimensions than the decoder's are padded, as those of several robots are.
+
+        Raises:
+            SpecError: for another number of dimensions.
+        """
+        made = self.decoder.action_dim
+        if widest > made or (widest < made and not padded):
+            raise SpecError(
+                f"The decoder makes {made} action dimensions, the action spec names {widest}. "
+                "Set decoder.action_dim to the data set's."
             )
 
     def normalised_as(self, own: Normalisation) -> PolicyConfig:

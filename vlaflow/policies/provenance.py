@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vlaflow.config import from_json, to_json
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
 from vlaflow.data.reading import Reading
 from vlaflow.data.vqa import Turns, VqaDataset
 from vlaflow.data.windows import split_episodes
@@ -94,6 +95,31 @@ def reading_of(folder: Path, root: Path | str) -> Reading | None:
     robot = folder.name if folder != home_of(folder) else None
     ranked = sorted(zip(members, stated, strict=True), key=lambda pair: (pair[0]["data"] != content, pair[0]["robot"] != robot))
     return ranked[0][1]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a training left out of its loss.
+
+    Args:
+        pauses, interventions: its rules; see ``recipe.TrainConfig``.
+    """
+
+    pauses: PauseRule | None = None
+    interventions: InterventionRule | None = INTERVENTIONS
+
+
+def left_out_by(folder: Path | None) -> LeftOut | None:
+    """The rules of a checkpoint's training; None where there is no record of it, as in an export.
+
+    Args:
+        folder: of the checkpoint, or of one of its robots; None for a policy that was never saved.
+    """
+    config = {} if folder is None else run_of(folder).get("config", {})
+    names = [each.name for each in fields(LeftOut)]
+    if not all(name in config for name in names):
+        return None
+    return from_json(LeftOut, {name: config[name] for name in names}, f"the training's record in {folder}")
 
 
 def mixed_robots(folder: Path) -> list[str]:

@@ -165,8 +165,10 @@ class Engine:
         of clients are computed one by one.
         """
         observation, policy = example(self.policy), self.policy
-        continues = self.config.guided or longest_action_prefix(policy)
-        prefix = ActionPrefix(np.array([policy.stats["action"].mean], np.float32), 1)
+        longest, spec = longest_action_prefix(policy), policy.action_spec
+        continues = self.config.guided or longest
+        usual_1D = np.array([policy.stats["action"].mean], np.float32).clip(spec.low, spec.high)
+        prefix = ActionPrefix(usual_1D, min(1, longest))
         loop = asyncio.get_running_loop()
         for size, times in ((1, rounds), (self.config.batch, 1)):
             for action_prefix in (None, prefix) if continues else (None,):

@@ -38,7 +38,6 @@ class SimulatorSpec:
         protocols: step limits of published evaluations, by the evaluation's name and then by task name. None exceeds
             ``max_steps``, so one run gives the success rate under each of them, from the step of the first success.
         size: default side of the image in pixels, by rendering quality.
-        lazy: whether physics can advance without rendering.
         protocol: the evaluation protocol that this follows, for reports.
         rendering: version of the images by rendering quality; a change of pixels changes it. Empty where the
             simulator's own version says it.
@@ -58,7 +57,6 @@ class SimulatorSpec:
     max_steps: Mapping[str, int]
     protocols: Mapping[str, Mapping[str, int]]
     size: Mapping[str, int]
-    lazy: bool
     protocol: str
     rendering: Mapping[str, str] = field(default_factory=dict)
     excluded: Mapping[str, str] = field(default_factory=dict)

@@ -95,7 +95,6 @@ SPEC = SimulatorSpec(
         "lerobot": {task: _limit(task, 1) for task in TASKS},
     },
     size={"fast": 128, "exact": 256},
-    lazy=True,
     protocol="OpenVLA's LIBERO: stored initial states, 10 settling steps, images rotated by 180 degrees, first success ends",
     rendering=RENDERING,
     kept=2,

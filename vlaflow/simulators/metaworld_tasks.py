@@ -111,7 +111,6 @@ SPEC = SimulatorSpec(
     max_steps=dict.fromkeys(TASKS, 500),
     protocols={"lerobot": dict.fromkeys(TASKS, 500), "evo1": dict.fromkeys(TASKS, 400)},
     size={"fast": 96, "exact": 480},
-    lazy=True,
     rendering={"fast": "fast 2", "exact": "exact 1"},  # fast 1 had whole meshes
     protocol="LeRobot 0.6 Meta-World: corner2 camera, first success ends, 500 steps",
 )

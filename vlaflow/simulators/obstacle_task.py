@@ -30,7 +30,6 @@ SPEC = SimulatorSpec(
     max_steps={"pass-v0": 50},
     protocols={},
     size={"fast": 96, "exact": 96},
-    lazy=True,
     protocol="our own: obstacle, goal and start drawn from the seed; a collision ends the episode as a failure",
     rendering={"fast": "1", "exact": "1"},
 )

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlaflow.config import from_json, override
+from vlaflow.config import from_versioned, override
+from vlaflow.data.filters import filtered
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.weights import DatasetEntry
 from vlaflow.data.windows import require_tasks
@@ -125,13 +126,19 @@ def learned_of(data: TrainingData, given: Sequence[DatasetEntry], config: TrainC
     if config.hold_out_tasks and not found:
         raise ConfigError("Which episodes hold_out_tasks holds out follows from a data set; name one with --dataset.")
     require_tasks(found, config.hold_out_tasks)
-    slices = [each.episode_slice(number) for each in found for number in config.episodes(each)[0]]
-    return replace(data, learned=sum(rows.stop - rows.start for rows in slices)) if found else data
+    return replace(data, learned=sum(_beginnings(each, config) for each in found)) if found else data
+
+
+def _beginnings(dataset: Dataset, config: TrainConfig) -> int:
+    """How many frames of the training episodes begin a chunk."""
+    slices = [dataset.episode_slice(number) for number in config.episodes(dataset)[0]]
+    if config.filters is None:
+        return sum(rows.stop - rows.start for rows in slices)
+    begins_N = ~filtered(dataset, config.filters).no_start_N
+    return sum(int(begins_N[rows].sum()) for rows in slices)
 
 
 def read_config(checkpoint: Path) -> PolicyConfig:
     """The config of a checkpoint; its weights are not read."""
     file = home_of(local_folder(checkpoint)) / "config.json"
-    data = read_json(file)
-    data.pop("vlaflow", None)
-    return from_json(PolicyConfig, data, str(file))
+    return from_versioned(PolicyConfig, read_json(file), str(file))

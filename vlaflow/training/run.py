@@ -20,6 +20,7 @@ from vlaflow.hub import origin
 from vlaflow.nn.stored import read_here, shared_later
 from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
+from vlaflow.policies.acting import as_trained
 from vlaflow.policies.mixing import combined_fingerprint, read_as
 from vlaflow.policies.provenance import IMAGES, reading_of, rendered
 from vlaflow.policies.recipe import Base, DataSpec, OpenedDataset, TrainConfig
@@ -128,6 +129,8 @@ def train_stage(
     config = overridden(config, options.overrides, assets, options.mixture)
     datasets = opened(config.objective, given)
     _print_notes(datasets, lambda each: each.notes)
+    if base is not None:
+        config = as_trained(config, base, combined_fingerprint(datasets), options.overrides or ())
     require_data(config, datasets)
     if base is not None and Path(out).resolve() == base.folder.resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")

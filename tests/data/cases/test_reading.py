@@ -15,6 +15,7 @@ import pytest
 from tests.data.cases import build
 from tests.data.toyset import FPS, LENGTHS, SPEC, TASKS, edit_info, edit_table, episode
 from vlaflow.data.check import check
+from vlaflow.data.edit import repair
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.video import encode_video
@@ -162,9 +163,22 @@ def test_the_quarter_of_a_frame_and_the_option_beyond_it(new):
     build.clock(new, 0.24 / FPS)
     require_sound(Dataset.open(new))
     build.clock(new, 0.3 / FPS)
-    with pytest.raises(DataError, match=r"'timestamp' .* by 12.5 ms or more.* give a larger --tolerance-s"):
+    with pytest.raises(
+        DataError, match=r"'timestamp' .* by 12.5 ms or more.* give a larger --tolerance-s \(0\.0\d+ "
+    ) as refused:
         Dataset.open(new).columns()
-    require_sound(Dataset.open(new, reading=Reading.of(tolerance_s=0.02)))
+    enough = float(re.search(r"\((\S+) is enough\)", str(refused.value))[1])
+    require_sound(Dataset.open(new, reading=Reading.of(tolerance_s=enough)))
+
+
+def test_a_time_that_is_no_number_is_cured_by_repair_and_by_no_tolerance(new, tmp_path):
+    edit_table(new / build.DATA, "timestamp", lambda times: [t if i != 14 else float("nan") for i, t in enumerate(times)])
+    with pytest.raises(
+        DataError, match=r"Episode 1 of .*'timestamp' is nan at frame 2.* no time.*vlaflow data repair"
+    ) as refused:
+        Dataset.open(new).columns()
+    assert "tolerance" not in str(refused.value)
+    require_sound(Dataset.open(repair(new, tmp_path / "out").root))
 
 
 def test_a_stamp_of_a_neighbour_is_refused(new):

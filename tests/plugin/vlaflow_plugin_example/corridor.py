@@ -22,7 +22,6 @@ SPEC = SimulatorSpec(
     max_steps={"left": 30, "right": 30},
     protocols={},
     size={"fast": 16, "exact": 16},
-    lazy=True,
     protocol="an example",
 )
 

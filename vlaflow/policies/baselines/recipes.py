@@ -120,7 +120,7 @@ def oft_libero_small(data: DataSpec) -> TrainConfig:
     vlaflow train baselines.oft_libero_small --dataset runs/libero/object --out runs/libero/oft
 
     One query token per action, not per number, which would quadruple the decoder's cost. One core (AMD EPYC, bf16), 39 minutes;
-    LIBERO-Object from 50 demonstrations per task: 96 of 100 episodes (docs/libero.md).
+    LIBERO-Object from 50 demonstrations per task: 96 of 100 episodes (docs/libero-policies.md).
     """
     return small_training(small(policy.regression(data), data))
 
