@@ -8,6 +8,7 @@ from scipy.spatial.transform import Rotation
 
 from vlaflow.simulators.libero_geometry import (
     CELL,
+    NOTHING,
     TIP,
     box_points,
     corridor_top,
@@ -15,6 +16,7 @@ from vlaflow.simulators.libero_geometry import (
     nearest_yaw,
     raster,
     rotation_vector,
+    window_maximum,
     yaw_of,
     yaw_rotation,
 )
@@ -49,6 +51,16 @@ def bowl(radius=0.05, height=0.05, center=(0, 0)):
     ]
     bottom = [(r * np.cos(a), r * np.sin(a), 0.002) for a in angles for r in np.arange(0, radius, 0.004)]
     return np.array(wall + bottom) + np.array([*center, 0])
+
+
+def test_window_maximum_is_the_largest_height_in_the_rectangle():
+    """Cell by cell; beyond the map there is nothing."""
+    heights = np.random.default_rng(0).standard_normal((9, 9)) - 2.0
+    found = window_maximum(heights, 2 * CELL, CELL, shift_u=-3 * CELL)
+    for u in range(9):
+        for v in range(9):
+            inside = heights[max(0, u - 5) : max(0, u), max(0, v - 1) : v + 2]
+            assert found[u, v] == inside.max(initial=NOTHING)
 
 
 def test_a_rotation_is_its_vector_again():

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.ndimage import maximum_filter
 
 CELL = 0.004
 """Side of a cell of a height map."""
@@ -93,10 +94,10 @@ def raster(points: np.ndarray, center: np.ndarray, yaw: float, half: float = REA
     size = 2 * round(half / CELL) + 1
     opening, side = yaw_rotation(yaw)[:2, 0], yaw_rotation(yaw)[:2, 1]
     local = (points[:, :2] - center) @ np.stack([opening, side], 1)
-    cells = np.round(local / CELL).astype(int) + size // 2
-    inside = ((cells >= 0) & (cells < size)).all(1)
+    row, column = np.round(local.T / CELL).astype(int) + size // 2
+    inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
     heights = np.full(size * size, NOTHING)
-    np.maximum.at(heights, cells[inside, 0] * size + cells[inside, 1], points[inside, 2])
+    np.maximum.at(heights, row[inside] * size + column[inside], points[inside, 2])
     return heights.reshape(size, size)
 
 
@@ -109,14 +110,9 @@ def window_maximum(heights: np.ndarray, half_u: float, half_v: float, shift_u: f
         half_v: half of the rectangle's side along v.
         shift_u: distance along u from the cell to the middle of the rectangle.
     """
-    for axis, half in enumerate((half_u, half_v)):
-        cells = round(half / CELL)
-        margin = [(cells, cells) if k == axis else (0, 0) for k in range(2)]
-        padded = np.pad(heights, margin, constant_values=NOTHING)
-        heights = np.lib.stride_tricks.sliding_window_view(padded, 2 * cells + 1, axis).max(-1)
-    shift = round(shift_u / CELL)
-    moved = np.pad(heights, ((max(0, -shift), max(0, shift)), (0, 0)), constant_values=NOTHING)
-    return moved[max(0, shift) :][: len(heights)]
+    shift, sides = round(shift_u / CELL), [2 * round(half / CELL) + 1 for half in (half_u, half_v)]
+    wider = np.pad(heights, ((max(0, -shift), max(0, shift)), (0, 0)), constant_values=NOTHING)
+    return maximum_filter(wider, sides, mode="constant", cval=NOTHING)[max(0, shift) :][: len(heights)]
 
 
 def hand_limit(heights: np.ndarray) -> np.ndarray:
