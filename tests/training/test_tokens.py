@@ -151,12 +151,32 @@ def test_fitting_by_command_twice_gives_the_same_file(kind, dataset, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize("recipe", ["baselines.fast_ar", "dfm_vla.demo_bins"])
+def test_a_file_is_fitted_to_the_numbers_that_training_feeds_its_tokenizer(recipe, dataset, tmp_path, capsys):
+    """What is clipped and what is kept as it is changes the numbers, so a tokenizer of others would not fit them."""
+    own = {"policy.action_clip": "0.5", "policy.kept_actions": '["x"]', "validation_fraction": "0.06", "steps": "1"}
+    run(recipe, dataset, tmp_path / "policy", **own)
+    trained = json.loads((tmp_path / "policy/config.json").read_text())["decoder"]["tokenizer"]
+    command = ["data", "fit-tokenizer", str(dataset), "--out", str(tmp_path / "same.json"), "--chunk-size", "4"]
+    command += ["--kind", "bins"] if "bins" in recipe else ["--scale", "3"]
+    assert main([*command, "--action-clip", "0.5", "--kept-actions", "x"]) == 0
+    assert "Fitting: 3/3" in capsys.readouterr().err
+    assert json.loads((tmp_path / "same.json").read_text())["tokenizer"] == trained
+    run(recipe, dataset, tmp_path / "given", tokenizer=tmp_path / "same.json", **own)
+    assert main([*command[:4], str(tmp_path / "other.json"), *command[5:]]) == 0
+    for file, changes in (("other", own), ("same", own | {"policy.kept_actions": "[]"})):
+        with pytest.raises(ConfigError, match=r"Fit it again: vlaflow data fit-tokenizer .*--action-clip 0\.5"):
+            run(recipe, dataset, tmp_path / "refused", tokenizer=tmp_path / f"{file}.json", **changes)
+
+
 def test_the_tokenizer_report_compares_files_and_standard_sizes(dataset, tmp_path, capsys):
     file = tmp_path / "bins.json"
     main(["data", "fit-tokenizer", str(dataset), "--out", str(file), "--chunk-size", "4", "--kind", "bins", "--bins", "16"])
     page = tmp_path / "pages/report.html"
     assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--tokenizer", str(file)]) == 0
     assert "bins: 16 bins" in page.read_text()
+    assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--tokenizer", str(file), "--action-clip", "1"])
+    assert "with action_clip 1" in capsys.readouterr().err
     assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--chunk-size", "4"]) == 0
     text = page.read_text()
     for name in ("FAST, scale 10, 256 ids", "coefficients, scale 10", "64 bins, quantile"):

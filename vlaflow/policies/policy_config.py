@@ -127,9 +127,9 @@ class PolicyConfig:
 
     def action_normalizer(self, stats: Mapping[str, FeatureStats], action_spec: ActionSpec) -> Normalizer:
         """Of a robot's actions, by the statistics of its data."""
-        names = [dimension.name.lower() for dimension in action_spec.dimensions]
-        kept = tuple(d for d, name in enumerate(names) if any(word in name for word in self.kept_actions))
-        return Normalizer.from_stats(stats["action"], self.action_normalisation).limited(self.action_clip, kept)
+        names = [dimension.name for dimension in action_spec.dimensions]
+        limits = self.action_clip, self.kept_actions
+        return Normalizer.of_actions(stats["action"], names, self.action_normalisation, *limits)
 
     def build(self) -> Model:
         """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy."""
