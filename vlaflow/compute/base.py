@@ -276,6 +276,11 @@ class ComputePolicy(ABC):
         return False
 
     @property
+    def levels(self) -> int:
+        """How many levels of draws it nests, for what draws around it to begin its own from other noise; by default none."""
+        return 0
+
+    @property
     def stages(self) -> Stages | None:
         """Its solver steps, where it takes all of them at full depth, one after the other; None where it does more or less."""
         return None
