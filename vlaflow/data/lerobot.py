@@ -25,7 +25,7 @@ from vlaflow.config import from_json
 from vlaflow.data import features as of
 from vlaflow.data.cameras import find_cameras, view_name
 from vlaflow.data.hub import data_folder
-from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
+from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, missing_files, read_meta
 from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
 from vlaflow.data.reading import ACTION, Reading, choose_columns
 from vlaflow.data.stored_images import read_image
@@ -399,11 +399,12 @@ class Dataset:
     def _require_videos(self, views: Mapping[str, str]) -> None:
         """Refuse cameras with missing files, and name those that have all of theirs."""
         absent = self._meta.absent
-        for key in views.values():
-            if key in absent:
-                others = " ".join(f"--view {name}" for name, key in views.items() if key not in absent)
-                choose = f". To use only the cameras whose files are all here: {others}" if others else ""
-                raise DataError(f"{absent[key]}{choose}")
+        needed = [need for key in views.values() for need in absent.get(key, {}).items()]
+        if needed:
+            said = missing_files(self.root, needed, len(self.episodes))
+            others = " ".join(f"--view {name}" for name, key in views.items() if key not in absent)
+            choose = f". To use only the cameras whose files are all here: {others}"
+            raise DataError(f"{said.removesuffix('.')}{choose}" if others else said)
 
     def _view_key(self, view: str) -> str:
         if view not in self.views:
