@@ -95,7 +95,7 @@ def _observations(dataset):
     yield Observation({"front": np.zeros((32, 32, 3), np.uint8)}, np.zeros(3, np.float32), Dataset.open(dataset).tasks[0])
 
 
-def test_a_run_that_broke_off_continues_to_the_same_bytes(dataset, tmp_path, monkeypatch):
+def test_a_run_that_broke_off_continues_to_the_same_bytes(dataset, tmp_path, monkeypatch, capsys):
     run("dfm_vla.demo", dataset, tmp_path / "whole")
     loss, half = PolicyStage.loss, tmp_path / "halves/training/step-000003"
 
@@ -108,7 +108,9 @@ def test_a_run_that_broke_off_continues_to_the_same_bytes(dataset, tmp_path, mon
     with pytest.raises(OSError, match="power cut"):
         run("dfm_vla.demo", dataset, tmp_path / "halves")
     monkeypatch.undo()
+    capsys.readouterr()
     run("dfm_vla.demo", dataset, tmp_path / "halves")
+    assert "Training: 6/6" in capsys.readouterr().err  # of the whole training
     assert weights(tmp_path / "whole") == weights(tmp_path / "halves")
 
 
@@ -163,6 +165,17 @@ def test_a_file_is_fitted_to_the_numbers_that_training_feeds_its_tokenizer(recip
     assert "Fitting: 3/3" in capsys.readouterr().err
     assert json.loads((tmp_path / "same.json").read_text())["tokenizer"] == trained
     run(recipe, dataset, tmp_path / "given", tokenizer=tmp_path / "same.json", **own)
+    again = [
+        "data",
+        "fit-tokenizer",
+        "--kept-actions",
+        "x",
+        "--out",
+        str(tmp_path / "again.json"),
+        str(dataset),
+    ]  # as an error says
+    assert main([*again, *command[5:], "--action-clip", "0.5"]) == 0
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "same.json").read_bytes()
     assert main([*command[:4], str(tmp_path / "other.json"), *command[5:]]) == 0
     for file, changes in (("other", own), ("same", own | {"policy.kept_actions": "[]"})):
         with pytest.raises(ConfigError, match=r"Fit it again: vlaflow data fit-tokenizer .*--action-clip 0\.5"):
