@@ -19,7 +19,7 @@ from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.latent_reader import LatentTokensConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.regression import RegressionConfig
-from vlaflow.errors import CalibrationError, CheckpointError, ConfigError, SpecError
+from vlaflow.errors import CalibrationError, CapabilityError, CheckpointError, ConfigError, SpecError
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.spec import Observation
@@ -52,6 +52,14 @@ def test_compute_policies_have_the_names_of_the_command_line(checkpoint):
         policy.compute("exit:adaptive")
     with pytest.raises(ConfigError, match=r"'exit:adaptive' is measured for one checkpoint.*from_pretrained"):
         helpers.policy().compute("exit:adaptive")
+
+
+def test_what_a_checkpoint_lacks_is_told_with_its_folder(tmp_path):
+    helpers.policy().save_pretrained(tmp_path)
+    with pytest.raises(CapabilityError, match=f"vlaflow train asyncvla.rater --policy {tmp_path} --dataset DIR"):
+        Policy.from_pretrained(tmp_path).act(helpers.observation(), "refine")
+    with pytest.raises(CapabilityError, match="--policy CKPT"):  # it lies nowhere
+        helpers.policy().act(helpers.observation(), "refine")
 
 
 def test_chunks_are_in_robot_units_within_the_spec():

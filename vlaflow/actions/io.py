@@ -51,7 +51,7 @@ class TokenizerFile:
             options += f" --kept-actions {shlex.join(kept)}" if kept else ""
             raise ConfigError(
                 f"{file} was fitted on actions normalised by {_words(*own)}, but this policy uses {_words(*asked)}. "
-                f"Fit it again: vlaflow data fit-tokenizer {options}"
+                f"Fit it again: vlaflow data fit-tokenizer {options} --out {file} DATASET"
             )
 
 

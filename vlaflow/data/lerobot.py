@@ -31,7 +31,7 @@ from vlaflow.data.reading import ACTION, Reading, choose_columns
 from vlaflow.data.stored_images import read_image
 from vlaflow.data.tables import POINTER, is_filled, is_pointer, read_cells, read_parquet, whole_numbers
 from vlaflow.data.video import FrameDigest, VideoError, decode_frames
-from vlaflow.data.video_offsets import REWRITE, largest_drift_s
+from vlaflow.data.video_offsets import largest_drift_s, rewrite
 from vlaflow.errors import DataError, SpecError, nearest
 from vlaflow.spec import ActionSpec, known_parts
 
@@ -295,7 +295,7 @@ class Dataset:
         drop = f"vlaflow data drop {self.root} --episodes {episode.index} --out DIR"
         repair = f"vlaflow data repair {self.root} --out DIR"
         if error.kind == "start":
-            cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {REWRITE}"
+            cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {rewrite(self.root)}"
             if not self._meta.modern:
                 cure = f"The video begins late: encode it again with its first frame at 0 s, or have that done: {repair}"
             return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"

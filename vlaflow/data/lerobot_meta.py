@@ -18,7 +18,7 @@ import pyarrow as pa
 from vlaflow.data.lerobot_info import filled, read_info
 from vlaflow.data.lerobot_tasks import Tasks, read_tasks
 from vlaflow.data.tables import is_list, is_text, read_jsonl, read_parquet, whole_numbers
-from vlaflow.data.video_offsets import REWRITE, require_sound_offsets, seconds
+from vlaflow.data.video_offsets import require_sound_offsets, rewrite, seconds
 from vlaflow.errors import DataError
 from vlaflow.ranges import Number
 from vlaflow.strict import is_file
@@ -151,13 +151,13 @@ def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, 
         if min(row["episode_index"], row["length"]) < 0:
             raise DataError(
                 f"{path} describes an episode with episode_index = {row['episode_index']} and length = {row['length']}; "
-                f"neither can be negative; {REWRITE}"
+                f"neither can be negative; {rewrite(root)}"
             )
     rows.sort(key=lambda row: row["episode_index"])
     numbers = [row["episode_index"] for row in rows]
     twice = [a for a, b in pairwise(numbers) if a == b]
     if twice:
-        raise DataError(f"{root}: meta describes episode {twice[0]} twice; {REWRITE}")
+        raise DataError(f"{root}: meta describes episode {twice[0]} twice; {rewrite(root)}")
     notes = []
     for what, counted in (("episodes", len(rows)), ("frames", sum(row["length"] for row in rows))):
         stated = counted if (total := info.get(f"total_{what}")) is None else total
@@ -168,7 +168,7 @@ def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, 
         if stated > counted:
             raise DataError(
                 f"{root}: meta/info.json counts {stated} {what} but {path.relative_to(root)} describes {counted}. The "
-                f"recording was interrupted or copied in part; {REWRITE}"
+                f"recording was interrupted or copied in part; {rewrite(root)}"
             )
     if numbers and numbers[-1] != len(numbers) - 1:
         first = next(i for i, number in enumerate(numbers) if number != i)
@@ -186,7 +186,7 @@ def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, 
 def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     paths = sorted((root / "meta/episodes").glob("chunk-*/file-*.parquet"))
     if not paths:
-        raise DataError(f"{root} is incomplete: meta/episodes holds no parquet file; {REWRITE}")
+        raise DataError(f"{root} is incomplete: meta/episodes holds no parquet file; {rewrite(root)}")
     rows: list[dict[str, Any]] = []
     for path in paths:
         table = read_parquet(path, without="stats/")
@@ -194,11 +194,11 @@ def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
         needed = ("episode_index", "length", "data/chunk_index", "data/file_index")
         absent = [name for name in needed if name not in table.schema.names]
         if absent:
-            raise DataError(f"{path} has no column '{absent[0]}'; {REWRITE}")
+            raise DataError(f"{path} has no column '{absent[0]}'; {rewrite(root)}")
         for name in needed:
             whole_numbers(table, name, path)
         if "tasks" in table.schema.names and not _are_texts(table.schema.field("tasks").type):
-            raise DataError(f"'tasks' in {path} holds {table.schema.field('tasks').type} instead of texts; {REWRITE}")
+            raise DataError(f"'tasks' in {path} holds {table.schema.field('tasks').type} instead of texts; {rewrite(root)}")
         rows += ({key: value for key, value in row.items() if value is not None} for row in table.to_pylist())
     return rows, paths
 
@@ -251,7 +251,8 @@ def _files_v3(paths: _Paths, keys: Sequence[str], row: Mapping[str, Any]) -> Epi
         pointers = [row.get(name) for name in (f"videos/{key}/chunk_index", f"videos/{key}/file_index", start)]
         if not all(type(pointer) is int and pointer >= 0 for pointer in pointers[:2]) or pointers[2] is None:
             raise DataError(
-                f"Episode {row['episode_index']} of {root} does not say where its video '{key}' is (meta/episodes); {REWRITE}"
+                f"Episode {row['episode_index']} of {root} does not say where its video '{key}' is (meta/episodes); "
+                f"{rewrite(root)}"
             )
         path = paths("video_path", VIDEO_V3, video_key=key, chunk_index=pointers[0], file_index=pointers[1])
         videos[key] = (path, seconds(root, row, start))

@@ -177,7 +177,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
             "Train it with exits (docs/concepts.md)."
         )
     plan = ExitPlan(depths, request.metric, request.sampling, request.warm_start, request.restart)
-    EarlyExit(plan, (inf,) * len(plan.exits)).needs.check(policy.model, "calibration")
+    EarlyExit(plan, (inf,) * len(plan.exits)).needs.check(policy.model, "calibration", policy.folder)
     if depths[-1] != policy.model.depths[-1]:
         raise ConfigError(f"The last of the depths must be the full one, {policy.model.depths[-1]}, got {list(depths)}.")
     folder = checkpoint / FOLDER
