@@ -8,6 +8,7 @@ Shape letters: N samples, K exits, B batch, L chunk size, D action dimension.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -249,7 +250,13 @@ def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: in
     views = policy.views
     area = policy.config.backbone.input_size.area
     found = open_few_frames(dataset, next(iter(views.values())), list(views), area=area)
-    left_out = left_out_by(policy.folder) or LeftOut()
+    left_out = left_out_by(policy.folder)
+    if left_out is None and policy.folder is not None:
+        sys.stderr.write(
+            f"{policy.folder} holds no record of its training, so the default rule leaves out actions after an intervention "
+            "(vlaflow.data.quality.InterventionRule).\n"
+        )
+    left_out = left_out or LeftOut()
     windows = Windows(dataset, found, policy.chunk_size, episodes, intervention_rule=left_out.interventions)
     random = np.random.default_rng(seed)
     by_task: dict[str, list[int]] = {}
