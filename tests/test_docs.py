@@ -112,7 +112,7 @@ def fields_of(command):
     body = ast.parse((ROOT / f"vlaflow/cli/{command.replace('-', '_')}.py").read_text(encoding="utf-8")).body
     classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name != "Settings"]
     declared = [f for c in classes for f in c.body if isinstance(f, ast.AnnAssign)]
-    shared = {"ReadingGroup": "reading", "HubGroup": "arguments"}
+    shared = {"ReadingGroup": "reading", "HubGroup": "arguments", "ChunkGroup": "tokenizers"}
     own = {f.target.id.replace("_", "-") for f in declared if ast.unparse(f.annotation) not in shared}
     groups = {shared.get(ast.unparse(f.annotation)) for f in declared} - {None}
     return own.union(*(fields_of(group) for group in groups))

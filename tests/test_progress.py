@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from vlaflow.progress import QUIET_SECONDS, Lines, duration, progress, seconds_left
+from vlaflow.progress import QUIET_SECONDS, Lines, counting, duration, progress, seconds_left
 
 
 def test_a_log_gets_a_line_now_and_then_with_the_time_left_and_one_at_the_end():
@@ -18,6 +18,33 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left_and_one_at_the_end():
     assert written[0] == "Recording: 2/10, 1:00 left, drawer-open"
     assert written[-1] == "Recording: 10/10, took 1:15, drawer-open"
     assert len(written) == 5  # at steps 2, 4, 6 and 8, and the end
+
+
+def test_what_was_done_before_counts_as_position_and_not_as_pace():
+    """Of 4000 steps 3000 were taken yesterday: 10 more in 30 s leave 990 of 3 s each."""
+    now, out = [0.0], io.StringIO()
+    lines = Lines(4000, "Training", out, clock=lambda: now[0], done=3000)
+    now[0] = 30.0
+    lines.advance(10)
+    assert out.getvalue() == "Training: 3010/4000, 49:30 left\n"
+
+
+def test_a_bar_begins_where_the_work_was_left():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    with progress(4000, "Training", out, done=3000) as bar:
+        bar.advance()
+    assert "3001/4000" in out.getvalue()
+
+
+def test_work_that_is_counted_shows_what_was_there_before(capsys):
+    with counting("Decoding episodes") as report:
+        for done in range(31, 41):
+            report(done, 40)
+    assert capsys.readouterr().err.startswith("Decoding episodes: 40/40")
 
 
 def test_progress_without_a_terminal_draws_no_bar():

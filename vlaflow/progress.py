@@ -30,8 +30,8 @@ class Silent:
 
 
 @contextmanager
-def progress(total: int, description: str, stream: TextIO | None = None) -> Iterator[Progress]:
-    """Report on ``total`` steps of work.
+def progress(total: int, description: str, stream: TextIO | None = None, *, done: int = 0) -> Iterator[Progress]:
+    """Report on ``total`` steps of work, of which ``done`` were taken before: they count in the position, not in the pace.
 
     Example:
         with progress(len(episodes), "Recording") as bar:
@@ -41,10 +41,10 @@ def progress(total: int, description: str, stream: TextIO | None = None) -> Iter
     """
     stream = stream or sys.stderr
     if stream.isatty():
-        with _bar(total, description, stream) as bar:
+        with _bar(total, description, stream, done) as bar:
             yield bar
     else:
-        lines = Lines(total, description, stream)
+        lines = Lines(total, description, stream, done=done)
         yield lines
         lines.close()
 
@@ -59,7 +59,7 @@ def counting(description: str) -> Iterator[Callable[[int, int], None]]:
         def report(done: int, total: int) -> None:
             nonlocal bar, before
             if bar is None:
-                bar, before = stack.enter_context(progress(total - done + 1, description)), done - 1
+                bar, before = stack.enter_context(progress(total, description, done=done - 1)), done - 1
             bar.advance(done - before)
             before = done
 
@@ -69,10 +69,13 @@ def counting(description: str) -> Iterator[Callable[[int, int], None]]:
 class Lines:
     """Writes a line at most every ``QUIET_SECONDS``, and one at the end with the time taken."""
 
-    def __init__(self, total: int, description: str, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, total: int, description: str, stream: TextIO, clock: Callable[[], float] = time.monotonic, done: int = 0
+    ) -> None:
         self._total, self._description, self._stream, self._clock = total, description, stream, clock
         self._began = self._wrote = clock()
-        self._done, self._note = 0, ""
+        self._before = self._done = done
+        self._note = ""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Count, and write a line if the last one was long enough ago."""
@@ -81,7 +84,7 @@ class Lines:
         now = self._clock()
         if now - self._wrote >= QUIET_SECONDS and self._done < self._total:
             self._wrote = now
-            left = seconds_left(self._done, self._total, now - self._began)
+            left = seconds_left(self._done - self._before, self._total - self._before, now - self._began)
             self._write(f"{duration(left)} left" if left is not None else "")
 
     def close(self) -> None:
@@ -107,7 +110,7 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def _bar(total: int, description: str, stream: TextIO) -> Iterator[Progress]:
+def _bar(total: int, description: str, stream: TextIO, done: int) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
@@ -122,7 +125,7 @@ def _bar(total: int, description: str, stream: TextIO) -> Iterator[Progress]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     with RichProgress(*columns, console=Console(file=stream)) as drawn:
-        task = drawn.add_task(description, total=total, note="")
+        task = drawn.add_task(description, total=total, completed=done, note="")
 
         class Bar:
             def advance(self, steps: int = 1, note: str = "") -> None:

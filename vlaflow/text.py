@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import reprlib
+import shlex
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 _SHORT = reprlib.Repr()
@@ -36,3 +40,16 @@ def one_line(text: str) -> str:
     'push\\x1b[31m\\nit'
     """
     return printable(text).replace("\n", "\\n")
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Numbers as ``vlaflow data drop --episodes`` takes them, such as "3 10-12"; at least one."""
+    ordered = sorted(set(numbers))
+    breaks = [(before, after) for before, after in pairwise(ordered) if after > before + 1]
+    begins, ends = [ordered[0], *(after for _, after in breaks)], [*(before for before, _ in breaks), ordered[-1]]
+    return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in zip(begins, ends, strict=True))
+
+
+def as_typed(checkpoint: Path | None) -> str:
+    """The folder of a checkpoint as it is typed in a shell; ``CKPT`` where it is not known."""
+    return "CKPT" if checkpoint is None else shlex.quote(str(checkpoint))

@@ -135,6 +135,23 @@ def test_a_ladder_without_the_steps_of_an_early_exit_is_measured_again():
         choose(60, TIMES, lacking, {"fast": MADE})
 
 
+@pytest.mark.parametrize(
+    ("times", "loss", "words"),
+    [
+        (TIMES, replace(LOSS, rungs=tuple(rung for rung in LOSS.rungs if rung.nfe != 2)), "vlaflow calibrate {} --dataset DIR"),
+        (TIMES, replace(LOSS, rungs=(Rung(4, 1, 0.0, 0.5),)), "vlaflow bench latency {}"),
+        (replace(TIMES, jitter=1.0), replace(LOSS, checkpoint="bb"), "measure again: vlaflow calibrate {} --dataset DIR"),
+        (replace(TIMES, checkpoint="bb"), LOSS, "measure again: vlaflow bench latency {}"),
+    ],
+)
+def test_what_was_measured_otherwise_is_told_with_the_checkpoint_to_measure(times, loss, words, tmp_path):
+    MADE.save(tmp_path / FOLDER / "fast.json")
+    save(times, tmp_path / PROFILE)
+    save(loss, tmp_path / FOLDER / LADDER)
+    with pytest.raises(CalibrationError, match=words.format(tmp_path)):
+        within(Checkpoint(tmp_path, "aa"), 60)
+
+
 def test_what_does_not_fit_is_refused_with_what_would():
     with pytest.raises(CalibrationError, match=r"Nothing fits 2 ms here; the fastest, dense:1,depth=1, takes 4.5 ms"):
         choose(2, TIMES, LOSS, {})

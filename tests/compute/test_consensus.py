@@ -1,5 +1,7 @@
 """Several draws made one: what is shared, what is counted, and that nothing changes where there is nothing to agree on."""
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,22 @@ def test_draws_of_draws_begin_from_noise_of_their_own(monkeypatch):
     noise_NX = torch.cat(seen).flatten(1)
     assert len(noise_NX) == 2 * 2 * 3 * 2
     assert len(noise_NX.unique(dim=0)) == len(noise_NX)
+
+
+def test_levels_are_told_by_each_policy_and_not_found_in_its_fields():
+    """A policy of another package says how many levels of draws it nests, whatever its fields are called."""
+
+    @dataclass(frozen=True)
+    class Wrapped(Dense):
+        draws: Consensus = field(default_factory=lambda: Consensus(2))
+
+        @property
+        def levels(self):
+            return self.draws.levels
+
+    assert Consensus(2, inner=Refine(AtRandom(), inner=Consensus(2, inner=Wrapped()))).levels == 3
+    assert RefineTokens(Improbable(), inner=Consensus(2, "medoid")).levels == 1
+    assert (Dense().levels, Refine(AtRandom()).levels, TwoStage(3, 1).levels) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("config", [None, MaskedDiffusionConfig, DiscreteFlowConfig])

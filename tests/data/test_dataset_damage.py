@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.data.toyset import FPS, LENGTHS, cut_in_half, edit_info, edit_table, episode
+from vlaflow.cli.main import main
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.lerobot_meta import missing_files
 from vlaflow.data.reading import Reading
 from vlaflow.data.video import encode_video
 from vlaflow.errors import DataError, SpecError
@@ -109,6 +111,48 @@ def test_missing_episode_file_of_the_older_layout(pristine_v21, tmp_path):
     root = shutil.copytree(pristine_v21, tmp_path / "old")
     (root / "data/chunk-000/episode_000003.parquet").unlink()
     refused("Episode 3 of .*episode_000003.parquet, which is missing", Dataset.open, root)
+
+
+def test_all_missing_videos_are_told_at_once_and_the_cure_works(pristine_v21, tmp_path):
+    """A copy that broke off lacks many; told one at a time, each would have to be cured to learn of the next."""
+    root = shutil.copytree(pristine_v21, tmp_path / "old")
+    lost = [root / f"videos/chunk-000/observation.images.corner/episode_00000{n}.mp4" for n in (0, 1, 2, 4)]
+    for path in lost:
+        path.unlink()
+    refused(
+        r"^Episode 0 of .*old needs videos/\S*_000000\.mp4, which is missing\. So are \S*_000001\.mp4, \S*_000002\.mp4 and "
+        r"\S*_000004\.mp4; 4 episodes need these files\. Copy them again, or leave these episodes out: "
+        r"vlaflow data drop .*old --episodes 0-2 4 --out DIR\. To use only .*: --view image$",
+        *(Dataset.open, root),
+    )
+    assert main(["data", "drop", str(root), "--episodes", "0-2", "4", "--out", str(tmp_path / "fewer")]) == 0
+    assert [each.length for each in Dataset.open(tmp_path / "fewer").episodes] == [LENGTHS[3]]
+
+
+def test_missing_videos_of_several_cameras_are_told_together(pristine_v21, tmp_path):
+    root = shutil.copytree(pristine_v21, tmp_path / "old")
+    for view, number in (("images.corner", 1), ("image", 1), ("image", 3)):
+        (root / f"videos/chunk-000/observation.{view}/episode_00000{number}.mp4").unlink()
+    refused(r"So are .*; 2 episodes need these files\. .*--episodes 1 3 --out DIR$", Dataset.open, root)
+
+
+def test_all_missing_data_files_are_told_at_once(pristine_v21, tmp_path):
+    root = shutil.copytree(pristine_v21, tmp_path / "old")
+    for number in (1, 3):
+        (root / f"data/chunk-000/episode_00000{number}.parquet").unlink()
+    refused(r"Episode 1 .*_000001\.parquet, which is missing\. So is \S*3\.parquet; .*--episodes 1 3 ", Dataset.open, root)
+
+
+def test_a_list_of_missing_files_stays_readable(tmp_path):
+    """Every other episode of many, of which no span can be made."""
+    sentence = missing_files(tmp_path, [(n, tmp_path / f"{n:03}.mp4") for n in range(0, 900, 2)], 900)
+    assert "So are 002.mp4, 004.mp4, 006.mp4 and 446 more; 450 episodes" in sentence
+    assert sentence.endswith(f"leave these episodes out: vlaflow data repair {tmp_path} --out DIR")
+
+
+def test_a_missing_file_that_every_episode_needs_can_only_be_copied(copy):
+    (copy / VIDEO).unlink()
+    refused(r"missing\. All 5 episodes need it\. Copy it again\. To use only", Dataset.open, copy)
 
 
 def test_missing_episode_table(copy):

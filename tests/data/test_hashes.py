@@ -58,6 +58,7 @@ def test_the_sentence_names_episode_and_file(copy):
     (copy / HASHES).write_text("[]")
     (problem,) = check(Dataset.open(copy), deep=True).problems
     assert "hashes.json contains a list instead of an object" in problem
+    assert f"vlaflow data repair {copy} --out DIR" in problem
 
 
 def test_editing_keeps_the_hashes_of_the_episodes(copy, tmp_path):

@@ -44,6 +44,7 @@ def test_a_place_one_frame_off_is_refused(copy, ends, frames):
 def test_the_place_of_another_episode_is_refused(copy):
     move(copy, lambda times: [*times[:3], times[0], *times[4:]], "from_timestamp")
     refused(rf"Episodes 0 and 3 of .*copy overlap in video .*\({VIDEO}\)", Dataset.open, copy)
+    refused(f"write it again from rows and videos: vlaflow data repair {copy} --out DIR$", Dataset.open, copy)
 
 
 def test_all_places_but_the_first_one_frame_early_are_refused(copy):

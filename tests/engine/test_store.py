@@ -103,7 +103,7 @@ def test_a_program_that_a_checkpoint_brings_is_not_opened(deployed):
     """Whatever lies in the folder: only this user's cache is looked at."""
     shutil.copytree(programs(deployed), deployed / "programs")
     shutil.rmtree(programs(deployed))
-    with pytest.raises(DeploymentError, match="vlaflow deploy CKPT --engine aoti"):
+    with pytest.raises(DeploymentError, match=f"vlaflow deploy {deployed} --engine aoti"):
         Policy.from_pretrained(deployed, engine="aoti")
 
 
@@ -117,10 +117,12 @@ def test_programs_of_something_else_are_refused(deployed, monkeypatch, capsys, n
         "sources": (store, "_sources", lambda: "older"),
     }
     monkeypatch.setattr(*patched[name])
-    with pytest.raises(DeploymentError, match=rf"built for {name}.*vlaflow deploy CKPT --engine aoti"):
+    with pytest.raises(DeploymentError, match=rf"built for {name}.*vlaflow deploy {deployed} --engine aoti"):
         Policy.from_pretrained(deployed, engine="aoti")
     assert Policy.from_pretrained(deployed, engine="auto").model.engine == "eager"
-    assert f"built for {name}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"built for {name}" in said
+    assert f"vlaflow deploy {deployed} --engine aoti" in said
 
 
 def test_steps_that_the_engine_does_not_know_stay_eager(compiler, checkpoint, monkeypatch, capsys):
@@ -153,7 +155,7 @@ def test_what_others_can_write_is_refused(deployed):
     outside = deployed.parent / "elsewhere"
     place.rename(outside)
     place.symlink_to(outside)
-    with pytest.raises(DeploymentError, match="is a link"):
+    with pytest.raises(DeploymentError, match=f"is a link.* vlaflow deploy {deployed}"):
         Policy.from_pretrained(deployed, engine="aoti")
 
 
@@ -207,7 +209,7 @@ def test_every_robot_of_a_checkpoint_can_be_deployed(compiler, tmp_path, decoder
 def test_a_damaged_program_is_refused(deployed, capsys):
     file = next(programs(deployed).glob("run-*"))
     file.write_bytes(b"nothing")
-    with pytest.raises(DeploymentError, match=r"run-.* is missing or damaged.*vlaflow deploy CKPT"):
+    with pytest.raises(DeploymentError, match=r"run-.* is missing or damaged.*vlaflow deploy .*policy --engine aoti"):
         Policy.from_pretrained(deployed, engine="aoti")
     found = store.find(fingerprint(deployed), "aoti")
     store.write(replace(found, measured=store.Speed(1.0, 2.0, 0.0)), programs(deployed))

@@ -1,6 +1,7 @@
 """The public face: act, save, open, and the sentences when something is wrong."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,18 @@ from tests import helpers
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.parse import parse
 from vlaflow.compute.refine import Refine
-from vlaflow.errors import CalibrationError, CheckpointError, ConfigError, SpecError
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.latent_flow import LatentFlowConfig
+from vlaflow.decoders.latent_reader import LatentTokensConfig
+from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
+from vlaflow.decoders.regression import RegressionConfig
+from vlaflow.errors import CalibrationError, CapabilityError, CheckpointError, ConfigError, SpecError
+from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.spec import Observation
+from vlaflow.stacks.expert import ExpertConfig
 
 
 @pytest.fixture
@@ -42,6 +52,14 @@ def test_compute_policies_have_the_names_of_the_command_line(checkpoint):
         policy.compute("exit:adaptive")
     with pytest.raises(ConfigError, match=r"'exit:adaptive' is measured for one checkpoint.*from_pretrained"):
         helpers.policy().compute("exit:adaptive")
+
+
+def test_what_a_checkpoint_lacks_is_told_with_its_folder(tmp_path):
+    helpers.policy().save_pretrained(tmp_path)
+    with pytest.raises(CapabilityError, match=f"vlaflow train asyncvla.rater --policy {tmp_path} --dataset DIR"):
+        Policy.from_pretrained(tmp_path).act(helpers.observation(), "refine")
+    with pytest.raises(CapabilityError, match="--policy CKPT"):  # it lies nowhere
+        helpers.policy().act(helpers.observation(), "refine")
 
 
 def test_chunks_are_in_robot_units_within_the_spec():
@@ -133,3 +151,41 @@ def test_a_misspelt_config_key_names_the_nearest(checkpoint):
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="'chunk_size'"):
         Policy.from_pretrained(checkpoint)
+
+
+EXPERT = ExpertConfig(BlockConfig(width=24, heads=2, kv_heads=2, head_dim=16, ffn=32))
+TIMED = FlowConfig(4, 6, masks="synchronous", expert=EXPERT, time_token=True)
+FAST_AR = AutoregressiveConfig(4, helpers.FAST, chunk_size=6)
+SUFFIXES = {
+    "flow": (FlowConfig(4, 6), 6),
+    "flow of an expert": (TIMED, 0),
+    "query per action": (RegressionConfig(4, 6, queries="action"), 6),
+    "query per number": (RegressionConfig(4, 6), 24),
+    "bins, masked": (MaskedDiffusionConfig(4, helpers.BINS, chunk_size=6), 24),
+    "bins, masked, behind a mark": (MaskedDiffusionConfig(4, helpers.BINS, chunk_size=6, marks=(0, 1)), 25),
+    "bins, flow": (DiscreteFlowConfig(4, helpers.BINS, chunk_size=6), 24),
+    "bins, flow, full": (DiscreteFlowConfig(4, helpers.BINS, chunk_size=6, attention="full", marks=(0, 1)), 25),
+    "fast": (FAST_AR, helpers.FAST.slots),
+    "codes": (LatentFlowConfig(TIMED, LatentTokensConfig(5, 8), None), 5),
+    "codes in a row": (LatentFlowConfig(TIMED, LatentTokensConfig(5, 8, "autoregressive"), None), 6),
+    "codes and fast": (LatentFlowConfig(TIMED, LatentTokensConfig(5, 8), FAST_AR), 5 + helpers.FAST.slots),
+}
+
+
+@pytest.mark.parametrize("kind", SUFFIXES)
+def test_a_chunk_that_is_too_long_for_the_backbone_is_found_when_the_policy_is_created(kind):
+    """At the limit it learns and acts, and one token beyond is refused before any sample is read."""
+    decoder, tokens = SUFFIXES[kind]
+    plain = helpers.policy_config()
+    config = replace(plain, decoder=decoder, backbone=replace(plain.backbone, suffix=tokens, answers=True))
+    stats = {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)}
+    made = Policy.create(config, helpers.action_spec(), stats, 0)
+    batch = replace(helpers.batch(), code_BK=torch.zeros(3, 5, dtype=torch.long))
+    assert torch.isfinite(made.loss(made.prepare(batch), *helpers.generators(2)).total)
+    made.model.eval()
+    made.act(helpers.observation(), generator=torch.Generator().manual_seed(0))
+    if tokens:
+        short = replace(config, backbone=replace(config.backbone, suffix=tokens - 1))
+        cure = rf"adds {tokens} tokens .*chunks of 6 .* {tokens - 1} positions.*--set policy\.backbone\.suffix={tokens}\b"
+        with pytest.raises(ConfigError, match=cure):
+            Policy.create(short, helpers.action_spec(), stats, 0)

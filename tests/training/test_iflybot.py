@@ -66,7 +66,7 @@ def test_a_run_belongs_to_its_latent_action_model(dataset, latent, joint, tmp_pa
 @pytest.mark.parametrize(
     ("codes", "change", "message"),
     [
-        (None, [], "learns to name latent actions; give it a latent action model with --latent"),
+        (None, [], r"give it a latent action model with --latent .*iflybot\.latent --dataset /\S*dataset\S* --out DIR"),
         ({"grid": (2, 2)}, [], r"has 4 codes of a book of 32, the decoder 8 of 32.*decoder.latent.codes=4"),
         ({"book": 16}, [], r"has 8 codes of a book of 16, the decoder 8 of 32.*decoder.latent.book=16"),
         ({}, ["policy.decoder.teaches=false"], "names no latent actions.*leave --latent out"),

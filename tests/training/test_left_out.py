@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from tests.data.toyset import TASKS, episode, writer
+from vlaflow.cli.main import main
 from vlaflow.data.lerobot import EXECUTED_KEY, Dataset
 from vlaflow.data.quality import InterventionRule, PauseRule
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation.calibrate import sample
 from vlaflow.policies.base import Policy
-from vlaflow.policies.provenance import LeftOut, left_out_by
+from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.provenance import LeftOut, left_out_by, trained_on
 from vlaflow.training.options import Options
 from vlaflow.training.run import train
 
@@ -75,8 +77,25 @@ def test_other_data_are_judged_by_the_recipe(trained, tmp_path):
         train("asyncvla.rater", other, tmp_path / "rated", policy=trained, options=options())
 
 
-def test_calibrations_count_the_actions_that_training_counted(trained, dataset, tmp_path):
+def test_an_export_takes_along_what_its_training_left_out(trained, dataset, tmp_path):
+    """And all else that evaluations and later stages ask of the run, without its tensors."""
+    assert main(["export", "lerobot", str(trained), "--out", str(tmp_path / "exported")]) == 0
+    exported = local_folder(tmp_path / "exported")
+    assert not (exported / "training").exists()
+    assert left_out_by(exported) == left_out_by(trained)
+    assert trained_on(exported) == trained_on(trained)
+    assert len(trained_on(exported)) == 1
+    train("asyncvla.rater", dataset, tmp_path / "rated", policy=exported, options=options())
+    assert left_out_by(tmp_path / "rated") == left_out_by(trained)
+    assert main(["export", "lerobot", str(exported), "--out", str(tmp_path / "again")]) == 0
+    assert left_out_by(local_folder(tmp_path / "again")) == left_out_by(trained)
+
+
+def test_calibrations_count_the_actions_that_training_counted(trained, dataset, tmp_path, capsys):
     data = Dataset.open(dataset)
     exported = shutil.copytree(trained, tmp_path / "exported", ignore=shutil.ignore_patterns("training"))
-    kept, default = (sample(Policy.from_pretrained(each), data, range(5), 40).windows for each in (trained, exported))
+    kept = sample(Policy.from_pretrained(trained), data, range(5), 40).windows
+    assert not capsys.readouterr().err
+    default = sample(Policy.from_pretrained(exported), data, range(5), 40).windows
+    assert f"{exported} holds no record of its training" in capsys.readouterr().err
     assert kept.batch(np.arange(5)).valid_BL.sum() > default.batch(np.arange(5)).valid_BL.sum()

@@ -95,7 +95,7 @@ def _observations(dataset):
     yield Observation({"front": np.zeros((32, 32, 3), np.uint8)}, np.zeros(3, np.float32), Dataset.open(dataset).tasks[0])
 
 
-def test_a_run_that_broke_off_continues_to_the_same_bytes(dataset, tmp_path, monkeypatch):
+def test_a_run_that_broke_off_continues_to_the_same_bytes(dataset, tmp_path, monkeypatch, capsys):
     run("dfm_vla.demo", dataset, tmp_path / "whole")
     loss, half = PolicyStage.loss, tmp_path / "halves/training/step-000003"
 
@@ -108,7 +108,9 @@ def test_a_run_that_broke_off_continues_to_the_same_bytes(dataset, tmp_path, mon
     with pytest.raises(OSError, match="power cut"):
         run("dfm_vla.demo", dataset, tmp_path / "halves")
     monkeypatch.undo()
+    capsys.readouterr()
     run("dfm_vla.demo", dataset, tmp_path / "halves")
+    assert "Training: 6/6" in capsys.readouterr().err  # of the whole training
     assert weights(tmp_path / "whole") == weights(tmp_path / "halves")
 
 
@@ -151,12 +153,43 @@ def test_fitting_by_command_twice_gives_the_same_file(kind, dataset, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize("recipe", ["baselines.fast_ar", "dfm_vla.demo_bins"])
+def test_a_file_is_fitted_to_the_numbers_that_training_feeds_its_tokenizer(recipe, dataset, tmp_path, capsys):
+    """What is clipped and what is kept as it is changes the numbers, so a tokenizer of others would not fit them."""
+    own = {"policy.action_clip": "0.5", "policy.kept_actions": '["x"]', "validation_fraction": "0.06", "steps": "1"}
+    run(recipe, dataset, tmp_path / "policy", **own)
+    trained = json.loads((tmp_path / "policy/config.json").read_text())["decoder"]["tokenizer"]
+    command = ["data", "fit-tokenizer", str(dataset), "--out", str(tmp_path / "same.json"), "--chunk-size", "4"]
+    command += ["--kind", "bins"] if "bins" in recipe else ["--scale", "3"]
+    assert main([*command, "--action-clip", "0.5", "--kept-actions", "x"]) == 0
+    assert "Fitting: 3/3" in capsys.readouterr().err
+    assert json.loads((tmp_path / "same.json").read_text())["tokenizer"] == trained
+    run(recipe, dataset, tmp_path / "given", tokenizer=tmp_path / "same.json", **own)
+    again = [
+        "data",
+        "fit-tokenizer",
+        "--kept-actions",
+        "x",
+        "--out",
+        str(tmp_path / "again.json"),
+        str(dataset),
+    ]  # as an error says
+    assert main([*again, *command[5:], "--action-clip", "0.5"]) == 0
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "same.json").read_bytes()
+    assert main([*command[:4], str(tmp_path / "other.json"), *command[5:]]) == 0
+    for file, changes in (("other", own), ("same", own | {"policy.kept_actions": "[]"})):
+        with pytest.raises(ConfigError, match=r"Fit it again: vlaflow data fit-tokenizer .*--action-clip 0\.5"):
+            run(recipe, dataset, tmp_path / "refused", tokenizer=tmp_path / f"{file}.json", **changes)
+
+
 def test_the_tokenizer_report_compares_files_and_standard_sizes(dataset, tmp_path, capsys):
     file = tmp_path / "bins.json"
     main(["data", "fit-tokenizer", str(dataset), "--out", str(file), "--chunk-size", "4", "--kind", "bins", "--bins", "16"])
     page = tmp_path / "pages/report.html"
     assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--tokenizer", str(file)]) == 0
     assert "bins: 16 bins" in page.read_text()
+    assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--tokenizer", str(file), "--action-clip", "1"])
+    assert "with action_clip 1" in capsys.readouterr().err
     assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--chunk-size", "4"]) == 0
     text = page.read_text()
     for name in ("FAST, scale 10, 256 ids", "coefficients, scale 10", "64 bins, quantile"):

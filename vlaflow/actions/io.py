@@ -5,6 +5,8 @@ A checkpoint contains its tokenizer in its config.json and needs no such file.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +27,32 @@ class TokenizerFile:
         tokenizer: tokenizer of normalised chunks.
         normalisation: mode of the normaliser of these chunks.
         dataset: fingerprint of the data set.
+        action_clip, kept_actions: as in the config of a policy that is trained with it.
         vlaflow: version that wrote the file.
     """
 
     tokenizer: Tokenizer
     normalisation: str
     dataset: str
+    action_clip: float | None = None
+    kept_actions: tuple[str, ...] = ()
     vlaflow: str = __version__
+
+    def require(self, file: Path | str, normalisation: str, clip: float | None, kept: Sequence[str]) -> None:
+        """Refuse to encode actions of another normalisation.
+
+        Raises:
+            ConfigError: with the options to fit it again with.
+        """
+        own, asked = (self.normalisation, self.action_clip, self.kept_actions), (normalisation, clip, tuple(kept))
+        if own != asked:
+            options = f"--normalisation {normalisation}"
+            options += "" if clip is None else f" --action-clip {clip:g}"
+            options += f" --kept-actions {shlex.join(kept)}" if kept else ""
+            raise ConfigError(
+                f"{file} was fitted on actions normalised by {_words(*own)}, but this policy uses {_words(*asked)}. "
+                f"Fit it again: vlaflow data fit-tokenizer {options} --out {file} DATASET"
+            )
 
 
 def save_tokenizer(file: Path, content: TokenizerFile) -> None:
@@ -50,14 +71,14 @@ def open_tokenizer(file: Path) -> TokenizerFile:
     return from_versioned(TokenizerFile, read_json(file, ConfigError, "fit it again: vlaflow data fit-tokenizer."), str(file))
 
 
-def load_tokenizer(file: Path, normalisation: str) -> Tokenizer:
-    """Load a tokenizer for actions with this normalisation.
+def load_tokenizer(file: Path, normalisation: str, clip: float | None = None, kept: Sequence[str] = ()) -> Tokenizer:
+    """Load a tokenizer for actions with this normalisation, as ``TokenizerFile`` names its parts.
 
     Raises:
         ConfigError: a missing or damaged file, or a tokenizer for another normalisation.
     """
     found = open_tokenizer(file)
-    _require(found, file, normalisation)
+    found.require(file, normalisation, clip, kept)
     return found.tokenizer
 
 
@@ -70,22 +91,20 @@ def named_tokenizer(name: Path | str) -> TokenizerConfig:
     return open_tokenizer(Path(name)).tokenizer if _is_ours(name) else PublishedFast(str(name))
 
 
-def require_normalisation(name: Path | str, normalisation: str) -> None:
+def require_normalisation(name: Path | str, normalisation: str, clip: float | None, kept: Sequence[str]) -> None:
     """Refuse a tokenizer file for actions of another normalisation; published ones do not say for which they are.
 
     Raises:
         ConfigError: it is one.
     """
     if _is_ours(name):
-        _require(open_tokenizer(Path(name)), name, normalisation)
+        open_tokenizer(Path(name)).require(name, normalisation, clip, kept)
 
 
-def _require(found: TokenizerFile, name: Path | str, normalisation: str) -> None:
-    if found.normalisation != normalisation:
-        raise ConfigError(
-            f"{name} was fitted on actions normalised by '{found.normalisation}', but this policy uses '{normalisation}'. "
-            f"Fit it again: vlaflow data fit-tokenizer --normalisation {normalisation}"
-        )
+def _words(normalisation: str, clip: float | None, kept: Sequence[str]) -> str:
+    limits = [] if clip is None else [f"action_clip {clip:g}"]
+    limits += [f"kept_actions {', '.join(kept)}"] if kept else []
+    return f"'{normalisation}'" + (f" with {' and '.join(limits)}" if limits else "")
 
 
 def _is_ours(name: Path | str) -> bool:

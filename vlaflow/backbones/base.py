@@ -60,6 +60,19 @@ class TextLimit:
 
 
 @dataclass(frozen=True)
+class TokenLimit:
+    """How many tokens a backbone takes.
+
+    Args:
+        size: tokens.
+        key: the config's field that raises it.
+    """
+
+    size: int
+    key: str
+
+
+@dataclass(frozen=True)
 class InputSize:
     """What a backbone makes of pictures before it looks at them, which frames are stored at and cameras' are brought to.
 
@@ -132,6 +145,11 @@ class BackboneConfig(Part, ABC):
     @property
     def longest_answer(self) -> TextLimit | None:
         """The longest answer it learns to give; None where there is no fixed limit."""
+        return None
+
+    @property
+    def longest_suffix(self) -> TokenLimit | None:
+        """The most tokens that it has positions for behind an observation's; None where there is no fixed limit."""
         return None
 
     def rater_block(self) -> BlockConfig:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.base import BackboneConfig, BackboneSpec, InputSize, Prefix, Rotary, TextLimit
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, InputSize, Prefix, Rotary, TextLimit, TokenLimit
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.language import LanguageBackbone
 from vlaflow.backbones.sentences import SentenceSpec, encoder_spec, open_encoder
@@ -127,6 +127,11 @@ class TinyConfig(BackboneConfig):
     def longest_answer(self) -> TextLimit:
         """A byte each, and the end."""
         return TextLimit(self.suffix - 1, "suffix")
+
+    @property
+    def longest_suffix(self) -> TokenLimit:
+        """A learned position each."""
+        return TokenLimit(self.suffix, "suffix")
 
     def rater_block(self) -> BlockConfig:
         """A block like its own, with four times the width in between."""

@@ -12,13 +12,12 @@ import tyro
 from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.cli.console import plain_console
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
+from vlaflow.cli.tokenizers import CHUNKS, ChunkGroup, fit_tokenizer, tokenizer_report
 from vlaflow.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from vlaflow.data.lerobot import Dataset
 
-
-Normalisation = Literal["quantile", "min_max", "mean_std", "identity"]
 
 MOST_TASKS = 50
 """How many tasks ``show`` lists."""
@@ -78,8 +77,6 @@ class FitTokenizer:
         directory: a LeRobot data set.
         out: the file, .json.
         kind: "fast" (cosine transform and byte-pair encoding), "bins", or "published" (FAST with merges that exist already).
-        chunk_size: actions per chunk.
-        normalisation: as in the policy's action_normalisation.
         scale: for fast: rounding units per unit of the normalised actions.
         vocabulary: for fast: number of coefficients and merges; none for no merges.
         bins: for bins: number of intervals per dimension.
@@ -90,13 +87,12 @@ class FitTokenizer:
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
     kind: Literal["fast", "bins", "published"] = "fast"
-    chunk_size: Count = 16
-    normalisation: Normalisation = "quantile"
     scale: Positive = 10.0
     vocabulary: Count | None = 256
     bins: Count = 64
     spacing: Literal["uniform", "quantile"] = "uniform"
     source: str = "physical-intelligence/fast"
+    chunks: ChunkGroup = CHUNKS
     how: ReadingGroup = LEROBOT
     hub: HubGroup = ONLINE
 
@@ -111,17 +107,14 @@ class TokenizerReport:
         directory: a LeRobot data set.
         out: the page, .html.
         tokenizer: files to compare; repeat for more; by default several sizes of both kinds are fitted.
-        chunk_size: actions per chunk of the tokenizers fitted here.
-        normalisation: normalisation of the actions.
         policy: a checkpoint with a discrete flow: also report how well its own metric orders its tokens.
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
     tokenizer: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    chunk_size: Count = 16
-    normalisation: Normalisation = "quantile"
     policy: Path | None = None
+    chunks: ChunkGroup = CHUNKS
     how: ReadingGroup = LEROBOT
     hub: HubGroup = ONLINE
 
@@ -298,7 +291,6 @@ def main(argv: list[str]) -> int:
     from vlaflow.cli.data_edit import drop, merge, push, rename, repair
     from vlaflow.cli.data_spec import spec
     from vlaflow.cli.latents import latent_report
-    from vlaflow.cli.tokenizers import fit_tokenizer, tokenizer_report
 
     positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
     commands: Any = (

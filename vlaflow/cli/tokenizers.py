@@ -1,16 +1,46 @@
-"""``vlaflow data fit-tokenizer`` and ``vlaflow data tokenizer-report``; their arguments are in ``data``."""
+"""``vlaflow data fit-tokenizer`` and ``vlaflow data tokenizer-report``; their other arguments are in ``data``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from vlaflow.packages import PAGES, require
+from vlaflow.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from vlaflow.actions.base import TokenizerConfig
     from vlaflow.cli.data import FitTokenizer, TokenizerReport
+    from vlaflow.data.transforms import Mode
+
+
+@dataclass(frozen=True)
+class ChunkOptions:
+    """The chunks that a tokenizer is for: as in the policy that is to be trained with it, which else refuses its file."""
+
+    chunk_size: Count = 16
+    """Actions per chunk; those of given tokenizers keep theirs."""
+    normalisation: Literal["quantile", "min_max", "mean_std", "identity"] = "quantile"
+    """As in the policy's action_normalisation."""
+    action_clip: Positive | None = None
+    """As in the policy: largest size of a normalised number; none for no limit."""
+    kept_actions: tuple[str, ...] = ()
+    """As in the policy: words; action dimensions with one of them in their name are left as they are."""
+
+    @property
+    def numbers(self) -> tuple[Mode, float | None, tuple[str, ...]]:
+        """How they are normalised, clipped and kept."""
+        return self.normalisation, self.action_clip, self.kept_actions
+
+
+ChunkGroup = Annotated[ChunkOptions, tyro.conf.arg(name="")]
+"""As a field of a command's arguments: the options have no prefix."""
+CHUNKS = ChunkOptions()
+"""No options given."""
 
 
 def fit_tokenizer(arguments: FitTokenizer) -> int:
@@ -24,21 +54,27 @@ def fit_tokenizer(arguments: FitTokenizer) -> int:
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.tokenizer_report import fit, material, quality
     from vlaflow.outputs import require_writable
+    from vlaflow.progress import progress
 
-    a = arguments
+    a, wanted = arguments, arguments.chunks
     dataset = Dataset.open(a.directory, reading=a.how.reading())
     require_writable(a.out)
-    chunks = material(dataset, a.chunk_size, a.normalisation)
     fits: dict[str, Callable[[], TokenizerConfig]] = {
         "fast": lambda: FastFit(a.scale, a.vocabulary),
         "bins": lambda: BinsFit(a.bins, a.spacing),
         "published": lambda: PublishedFast(a.source),
     }
-    made = fit(fits[a.kind](), chunks)
-    save_tokenizer(a.out, TokenizerFile(made, a.normalisation, dataset.fingerprint))
-    measured = quality(made, chunks)
+    with progress(3, "Fitting") as bar:
+        chunks = material(dataset, wanted.chunk_size, *wanted.numbers)
+        bar.advance(note="chunks read")
+        made = fit(fits[a.kind](), chunks)
+        bar.advance(note="fitted")
+        measured = quality(made, chunks)
+        bar.advance(note="measured")
+    content = TokenizerFile(made, wanted.normalisation, dataset.fingerprint, wanted.action_clip, wanted.kept_actions)
+    save_tokenizer(a.out, content)
     Console().print(
-        f"{measured.name}: {measured.tokens:.1f} tokens per chunk of {a.chunk_size} (at most {measured.slots}), error "
+        f"{measured.name}: {measured.tokens:.1f} tokens per chunk of {wanted.chunk_size} (at most {measured.slots}), error "
         f"{measured.error:.4f} rms, "
         f"{100 * measured.inexact:.2f} % of the held-out chunks lose more than rounding.\nWritten: {a.out}",
         soft_wrap=True,
@@ -64,9 +100,9 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     require(*PAGES, "tokenizers")
     dataset = Dataset.open(a.directory, reading=a.how.reading())
     require_writable(a.out)
-    loaded = [load_tokenizer(file, a.normalisation) for file in a.tokenizer]
-    chunk_size = loaded[0].chunk_size if loaded else a.chunk_size
-    chunks = material(dataset, chunk_size, a.normalisation)
+    loaded = [load_tokenizer(file, *a.chunks.numbers) for file in a.tokenizer]
+    chunk_size = loaded[0].chunk_size if loaded else a.chunks.chunk_size
+    chunks = material(dataset, chunk_size, *a.chunks.numbers)
     names: list[str] = [f"{file.stem}: {made.description}" for file, made in zip(a.tokenizer, loaded, strict=True)]
     made: list[Any] = list(loaded)
     todo = () if loaded else standard_fits()
@@ -112,7 +148,8 @@ def _own_metric(checkpoint: Path, dataset: Any) -> str:
         raise CapabilityError(
             f"{checkpoint} has a {type(decoder).__name__}, which has no metric. Name one with a discrete flow."
         )
-    chunks = material(dataset, decoder.chunk_size, policy.config.action_normalisation)
+    own = policy.config
+    chunks = material(dataset, decoder.chunk_size, own.action_normalisation, own.action_clip, own.kept_actions)
     both = distance.cpu().numpy(), id_distance(decoder.tokenizer)
-    own, ids = (metric_rank(decoder.tokenizer, chunks, each) for each in both)
-    return f"{checkpoint} ({decoder.tokenizer.description}): order {own:.2f} by its own metric, {ids:.2f} by the ids."
+    metric, ids = (metric_rank(decoder.tokenizer, chunks, each) for each in both)
+    return f"{checkpoint} ({decoder.tokenizer.description}): order {metric:.2f} by its own metric, {ids:.2f} by the ids."

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
@@ -20,6 +21,7 @@ from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError
 from vlaflow.flows.sampling import Sampling
+from vlaflow.text import as_typed
 
 _WITHOUT = {
     Capability.TOKEN_CONDITIONING: (
@@ -83,8 +85,13 @@ class Requirements:
         }
         return self.also(*(capability for capability, needed in asked.items() if needed))
 
-    def check(self, model: Model, compute: str) -> None:
+    def check(self, model: Model, compute: str, checkpoint: Path | None = None) -> None:
         """Refuse a model that lacks something.
+
+        Args:
+            model: the networks.
+            compute: name of the compute policy.
+            checkpoint: folder of the model, for the cures; None where it lies in none.
 
         Raises:
             CapabilityError: saying what is missing and how to get it.
@@ -96,7 +103,7 @@ class Requirements:
         if self.rater and model.rater is None:
             raise CapabilityError(
                 f"{compute} needs a confidence rater and this checkpoint has none. "
-                "Train one: vlaflow train asyncvla.rater --policy CKPT --dataset DIR --out DIR"
+                f"Train one: vlaflow train asyncvla.rater --policy {as_typed(checkpoint)} --dataset DIR --out DIR"
             )
         if untaught := [depth for depth in self.exits if depth not in model.depths]:
             raise CapabilityError(
@@ -274,6 +281,11 @@ class ComputePolicy(ABC):
     def averages(self) -> bool:
         """Whether its chunks are means of several draws, which no draw need be near."""
         return False
+
+    @property
+    def levels(self) -> int:
+        """How many levels of draws it nests, for what draws around it to begin its own from other noise; by default none."""
+        return 0
 
     @property
     def stages(self) -> Stages | None:

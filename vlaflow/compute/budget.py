@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.compute.calibration import FOLDER, Calibration, with_folder
+from vlaflow.compute.calibration import FOLDER, Calibration, naming
 from vlaflow.compute.cost import ChunkWork, CostModel
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.parse import parse
@@ -35,7 +35,7 @@ from vlaflow.versions import device_name, processor
 
 T = TypeVar("T")
 PROFILE, LADDER = "latency.json", "ladder.json"
-TIME = "Measure it: vlaflow bench latency CKPT"
+TIME = "vlaflow bench latency CKPT"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Profile:
         stated = (self.prefix, self.step, self.work.prefix, self.work.step, self.start or self.step)
         depths = {len(each) for each in stated}
         if len(depths) > 1 or depths == {0}:
-            raise CalibrationError(f"The parts of a chunk were not all measured at the same depths. {TIME}")
+            raise CalibrationError(f"The parts of a chunk were not all measured at the same depths. Measure them: {TIME}")
 
     def dense(self, depth: int, nfe: int) -> float:
         """Median of a chunk at a fixed depth."""
@@ -160,7 +160,7 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
         CalibrationError: when nothing fits, saying what the fastest takes.
     """
     if not 0 < max((rung.depth for rung in ladder.rungs), default=0) <= len(profile.prefix):
-        raise CalibrationError(f"{LADDER} and {PROFILE} were not measured at the same depths; measure again. {TIME}")
+        raise CalibrationError(f"{LADDER} and {PROFILE} were not measured at the same depths; measure again: {TIME}")
     full_error = max(ladder.rungs, key=lambda r: (r.depth, r.nfe)).error
     candidates = [
         Choice(
@@ -198,7 +198,9 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
 def _worst(profile: Profile, found: Calibration) -> tuple[int, float]:
     """Evaluations at each depth of an early exit, and its 99th percentile when it takes all of its depths."""
     if found.plan.depths[-1] > len(profile.prefix):
-        raise CalibrationError(f"{PROFILE} has no time of the depth {found.plan.depths[-1]}, at which an exit answers. {TIME}")
+        raise CalibrationError(
+            f"{PROFILE} has no time of the depth {found.plan.depths[-1]}, at which an exit answers. Measure it: {TIME}"
+        )
     each = round(found.effect.nfe / max(_answers(found), 1e-9))
     return each, profile.jitter * profile.worst(found.plan.depths, each)
 
@@ -256,6 +258,11 @@ def within(checkpoint: Checkpoint, milliseconds: float, knobs: Knobs = DEFAULTS)
         CalibrationError: when a measurement is missing, of other weights or of another machine, device, number of threads,
             dtype or engine; or nothing fits.
     """
+    with naming(checkpoint.folder):
+        return _within(checkpoint, milliseconds, knobs)
+
+
+def _within(checkpoint: Checkpoint, milliseconds: float, knobs: Knobs) -> Choice:
     calibration, dtype = load(checkpoint), knobs.dtype
     if calibration is not None and calibration.here(knobs.device, knobs.threads, dtype):
         exits, profile = dict(exits_of(checkpoint, dtype)), None
@@ -267,12 +274,12 @@ def within(checkpoint: Checkpoint, milliseconds: float, knobs: Knobs = DEFAULTS)
         measured = knobs.as_measured()
         return choose_sampler(milliseconds, calibration, profile, exits, lambda name: parse(name, measured, checkpoint))
     profile = _profile(checkpoint, knobs)
-    ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, with_folder(_measure_loss(knobs), checkpoint.folder))
-    _require_weights(checkpoint, LADDER, ladder.checkpoint)
+    ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, f"Measure it: {_measure_loss(knobs)}")
+    _require_weights(checkpoint, LADDER, ladder.checkpoint, _measure_loss(knobs))
     if ladder.dtype != dtype:
         raise CalibrationError(
-            f"{LADDER} in {checkpoint.folder} was measured in {ladder.dtype}, and this is {dtype}. "
-            + with_folder(f"Measure it: vlaflow calibrate CKPT --dataset DIR --dtype {dtype}", checkpoint.folder)
+            f"{LADDER} in {checkpoint.folder} was measured in {ladder.dtype}, and this is {dtype}. Measure it: "
+            f"vlaflow calibrate CKPT --dataset DIR --dtype {dtype}"
         )
     return choose(milliseconds, profile, ladder, dict(exits_of(checkpoint, dtype)))
 
@@ -286,17 +293,17 @@ def _converted(candidates: Sequence[Candidate], profile: Profile, eager: Profile
     return tuple(replace(each, p50=here(each, each.p50), p99=here(each, each.p99)) for each in candidates)
 
 
-def _require_weights(checkpoint: Checkpoint, file: str, found: str) -> None:
+def _require_weights(checkpoint: Checkpoint, file: str, found: str, command: str) -> None:
     if found != checkpoint.fingerprint:
-        raise CalibrationError(f"{file} in {checkpoint.folder} was measured with other weights; measure again.")
+        raise CalibrationError(f"{file} in {checkpoint.folder} was measured with other weights; measure again: {command}")
 
 
 def _profile(checkpoint: Checkpoint, knobs: Knobs) -> Profile:
     """The profile of the checkpoint, measured here."""
     file = profile_file(knobs.engine)
-    again = with_folder(_measure_time(knobs), checkpoint.folder)
+    again = f"Measure it: {_measure_time(knobs)}"
     profile = _read(checkpoint.folder / file, Profile, again)
-    _require_weights(checkpoint, file, profile.checkpoint)
+    _require_weights(checkpoint, file, profile.checkpoint, _measure_time(knobs))
     for what, was, now in (("on", profile.machine, processor()), ("with engine", profile.engine, knobs.engine)):
         if was != now:
             raise CalibrationError(f"{file} in {checkpoint.folder} was measured {what} {was}; this is {now}. {again}")
@@ -305,8 +312,7 @@ def _profile(checkpoint: Checkpoint, knobs: Knobs) -> Profile:
     if measured != here:
         raise CalibrationError(
             f"{file} in {checkpoint.folder} was measured on {measured[0]} with {measured[1]} thread(s) in {measured[2]}; "
-            f"this is {here[0]} with {here[1]} in {here[2]}. "
-            + with_folder(_measure_time(knobs, everything=True), checkpoint.folder)
+            f"this is {here[0]} with {here[1]} in {here[2]}. Measure it: {_measure_time(knobs, everything=True)}"
         )
     return profile
 
@@ -329,7 +335,7 @@ def _measure_loss(knobs: Knobs) -> str:
         for name, value, usual in (("device", knobs.device, "cpu"), ("dtype", knobs.dtype, "fp32"))
         if value != usual
     ]
-    return f"Measure it: vlaflow calibrate CKPT --dataset DIR{' --sampler' if knobs.threads == 1 else ''}{''.join(stated)}"
+    return f"vlaflow calibrate CKPT --dataset DIR{' --sampler' if knobs.threads == 1 else ''}{''.join(stated)}"
 
 
 def profile_file(engine: str) -> str:

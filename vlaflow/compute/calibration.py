@@ -6,8 +6,8 @@ measured is in ``evaluation.calibrate``; the mathematics in ``thresholds``.
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -25,6 +25,7 @@ from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
 from vlaflow.ranges import AnyNumber, Count, NotNegative, Positive, Share
 from vlaflow.strict import read_json
+from vlaflow.text import as_typed
 
 FOLDER = "calibration"
 COMMAND = "vlaflow calibrate CKPT --dataset DIR"
@@ -35,7 +36,16 @@ Calibrated = TypeVar("Calibrated", bound="Provenance")
 
 def with_folder(cure: str, folder: Path) -> str:
     """A cure with the folder of the checkpoint in place of ``CKPT``, as it is typed in a shell."""
-    return cure.replace("CKPT", shlex.quote(str(folder)))
+    return cure.replace("CKPT", as_typed(folder))
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """The cures of errors in the block name the folder of the checkpoint."""
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(with_folder(str(error), folder)) from error
 
 
 def with_folder_of(cure: str, file: Path) -> str:

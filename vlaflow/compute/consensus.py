@@ -73,6 +73,11 @@ class Consensus(ComputePolicy):
         """Whether it, or what makes its draws, takes means."""
         return self.choose == "mean" or self.inner.averages
 
+    @property
+    def levels(self) -> int:
+        """One more than what makes its draws."""
+        return 1 + self.inner.levels
+
     def read(self, model: Model, prefix: Prefix) -> Prefix:
         """As far as a draw reads it."""
         return self.inner.read(model, prefix)
@@ -110,7 +115,7 @@ class Consensus(ComputePolicy):
         out = self.inner.decode(
             model,
             shared if k == 1 else shared.select(row_N),
-            [each for generator in generators for each in _generators(generator, k, _levels(self.inner))],
+            [each for generator in generators for each in _generators(generator, k, self.inner.levels)],
             watch,
             None if conditioning is None else conditioning.select(row_N),
         )
@@ -162,18 +167,14 @@ def _generators(generator: Generator, draws: int, level: int) -> list[Generator]
     Args:
         generator: of an observation.
         draws: how many generators.
-        level: of the consensus: one inside it is given the same generator for its first draw, and must seed other ones.
+        level: levels of draws inside this one: the one inside is given the same generator for its first draw, and must seed
+            other ones.
     """
     copy = Generator(generator.device)
     copy.set_state(generator.get_state())
     drawn = torch.randint(_SEEDS, (draws - 1,), generator=copy, device=generator.device).tolist()
     seeds = ((number + level * _APART) % _SEEDS for number in drawn)
     return [generator, *(Generator(generator.device).manual_seed(seed) for seed in seeds)]
-
-
-def _levels(compute: object) -> int:
-    """Number of consensuses in a compute policy, one inside the other."""
-    return 0 if compute is None else isinstance(compute, Consensus) + _levels(getattr(compute, "inner", None))
 
 
 def _sums(counts: Sequence[int], draws: int) -> tuple[int, ...]:

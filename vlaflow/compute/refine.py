@@ -93,6 +93,11 @@ class Refine(ComputePolicy):
         needs = self.inner.needs.sampled(self.sampling).also(Capability.CONDITIONING, rater=self.doubt.rater)
         return needs if self.any_training else needs.also(Capability.REGENERATION)
 
+    @property
+    def levels(self) -> int:
+        """Those of the first round."""
+        return self.inner.levels
+
     def read(self, model: Model, prefix: Prefix) -> Prefix:
         """As the first round does."""
         return self.inner.read(model, prefix)

@@ -74,6 +74,11 @@ class RefineTokens(ComputePolicy):
         needs = self.inner.needs.sampled(self.sampling)
         return needs.also(Capability.TOKEN_CONDITIONING, Capability.REGENERATION, rater=self.doubt.rater)
 
+    @property
+    def levels(self) -> int:
+        """Those of the first round."""
+        return self.inner.levels
+
     def read(self, model: Model, prefix: Prefix) -> Prefix:
         """As the first round does."""
         return self.inner.read(model, prefix)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+
+from vlaflow.text import spans
 
 EVERY = 4
 """Of the pixels in a row and in a column, one of so many is looked at."""
@@ -75,11 +76,3 @@ def dead_cameras(pictured: Mapping[tuple[int, str], Pictured], views: Sequence[s
                 cure = f"To leave these out: vlaflow data drop {shlex.quote(str(root))} --episodes {spans(numbers)} --out DIR"
             found.append(f"The view '{view}' {what} in {where}: the camera was off, covered or frozen. {cure}")
     return found
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """Numbers as ``vlaflow data drop --episodes`` takes them, such as "3 10-12"; at least one."""
-    ordered = sorted(set(numbers))
-    breaks = [(before, after) for before, after in pairwise(ordered) if after > before + 1]
-    begins, ends = [ordered[0], *(after for _, after in breaks)], [*(before for before, _ in breaks), ordered[-1]]
-    return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in zip(begins, ends, strict=True))

@@ -47,7 +47,12 @@ class DraftedSpec:
 
 def stated(dataset: Dataset) -> Dataset:
     """The data set with what its actions mean: as it states, or else by a draft."""
-    return dataset if dataset.action_spec is not None else dataset.with_spec(draft(dataset).spec)
+    return dataset.with_spec(spec_of(dataset))
+
+
+def spec_of(dataset: Dataset) -> ActionSpec:
+    """What a data set's actions mean: as it states, or else by a draft."""
+    return dataset.action_spec or draft(dataset).spec
 
 
 def draft(dataset: Dataset) -> DraftedSpec:

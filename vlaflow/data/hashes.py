@@ -37,7 +37,7 @@ def stored_hashes(root: Path) -> Mapping[str, tuple[str, ...]]:
     file = root / HASHES
     if not file.exists():
         return {}
-    cure = "delete it to check without, or write the data set again: vlaflow data repair DIR --out NEW"
+    cure = f"delete it to check without, or write the data set again: vlaflow data repair {root} --out DIR"
     found = read_object(file, DataError, cure)
     require_form(HashForm, found, str(file), DataError)
     return {key: tuple(hashes) for key, hashes in found["frames"].items()}

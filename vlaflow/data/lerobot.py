@@ -25,13 +25,13 @@ from vlaflow.config import from_json
 from vlaflow.data import features as of
 from vlaflow.data.cameras import find_cameras, view_name
 from vlaflow.data.hub import data_folder
-from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
+from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, missing_files, read_meta
 from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
 from vlaflow.data.reading import ACTION, Reading, choose_columns
 from vlaflow.data.stored_images import read_image
 from vlaflow.data.tables import POINTER, is_filled, is_pointer, read_cells, read_parquet, whole_numbers
 from vlaflow.data.video import FrameDigest, VideoError, decode_frames
-from vlaflow.data.video_offsets import REWRITE, largest_drift_s
+from vlaflow.data.video_offsets import largest_drift_s, rewrite
 from vlaflow.errors import DataError, SpecError, nearest
 from vlaflow.spec import ActionSpec, known_parts
 
@@ -295,7 +295,7 @@ class Dataset:
         drop = f"vlaflow data drop {self.root} --episodes {episode.index} --out DIR"
         repair = f"vlaflow data repair {self.root} --out DIR"
         if error.kind == "start":
-            cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {REWRITE}"
+            cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {rewrite(self.root)}"
             if not self._meta.modern:
                 cure = f"The video begins late: encode it again with its first frame at 0 s, or have that done: {repair}"
             return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"
@@ -399,11 +399,12 @@ class Dataset:
     def _require_videos(self, views: Mapping[str, str]) -> None:
         """Refuse cameras with missing files, and name those that have all of theirs."""
         absent = self._meta.absent
-        for key in views.values():
-            if key in absent:
-                others = " ".join(f"--view {name}" for name, key in views.items() if key not in absent)
-                choose = f". To use only the cameras whose files are all here: {others}" if others else ""
-                raise DataError(f"{absent[key]}{choose}")
+        needed = [need for key in views.values() for need in absent.get(key, {}).items()]
+        if needed:
+            said = missing_files(self.root, needed, len(self.episodes))
+            others = " ".join(f"--view {name}" for name, key in views.items() if key not in absent)
+            choose = f". To use only the cameras whose files are all here: {others}"
+            raise DataError(f"{said.removesuffix('.')}{choose}" if others else said)
 
     def _view_key(self, view: str) -> str:
         if view not in self.views:

@@ -18,11 +18,14 @@ import pyarrow as pa
 from vlaflow.data.lerobot_info import filled, read_info
 from vlaflow.data.lerobot_tasks import Tasks, read_tasks
 from vlaflow.data.tables import is_list, is_text, read_jsonl, read_parquet, whole_numbers
-from vlaflow.data.video_offsets import REWRITE, require_sound_offsets, seconds
+from vlaflow.data.video_offsets import require_sound_offsets, rewrite, seconds
 from vlaflow.errors import DataError
 from vlaflow.ranges import Number
 from vlaflow.strict import is_file
-from vlaflow.text import shown
+from vlaflow.text import shown, spans
+
+MOST_SPANS = 200
+"""Characters of a list of episodes in an error; instead of a longer one it names the command that finds them by itself."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Meta:
         files: of each episode.
         paths: the meta files that were read.
         notes: what the user should know.
-        absent: of each camera with missing video files, what needs the first of them, as a sentence.
+        absent: of each camera with missing video files, these, by the number of the episode that needs them.
     """
 
     root: Path
@@ -79,7 +82,7 @@ class Meta:
     files: tuple[EpisodeFiles, ...]
     paths: tuple[Path, ...]
     notes: tuple[str, ...] = ()
-    absent: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
 
     @property
     def modern(self) -> bool:
@@ -130,12 +133,12 @@ def read_meta(root: Path) -> Meta:
         for row, names, length, start in zip(rows, named, lengths, starts, strict=True)
     )
     read = (root / "meta/info.json", tasks.path, *episode_paths)
-    absent = _absent_videos(root, numbers, files)
+    absent = _absent_videos(numbers, files)
     return Meta(root, info, tasks, episodes, tuple(files), read, (*tasks.notes, *notes, *moved, *told), absent)
 
 
-def some(numbers: Sequence[int]) -> str:
-    """The first few of many episodes, in words: "2, 5 and 7", "2, 5, 7 and 40 more"."""
+def some(numbers: Sequence[object]) -> str:
+    """The first few of many episodes or files, in words: "2, 5 and 7", "2, 5, 7 and 40 more"."""
     shown = [str(n) for n in numbers[:3]]
     if len(numbers) > 3:
         return f"{', '.join(shown)} and {len(numbers) - 3} more"
@@ -148,13 +151,13 @@ def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, 
         if min(row["episode_index"], row["length"]) < 0:
             raise DataError(
                 f"{path} describes an episode with episode_index = {row['episode_index']} and length = {row['length']}; "
-                f"neither can be negative; {REWRITE}"
+                f"neither can be negative; {rewrite(root)}"
             )
     rows.sort(key=lambda row: row["episode_index"])
     numbers = [row["episode_index"] for row in rows]
     twice = [a for a, b in pairwise(numbers) if a == b]
     if twice:
-        raise DataError(f"{root}: meta describes episode {twice[0]} twice; {REWRITE}")
+        raise DataError(f"{root}: meta describes episode {twice[0]} twice; {rewrite(root)}")
     notes = []
     for what, counted in (("episodes", len(rows)), ("frames", sum(row["length"] for row in rows))):
         stated = counted if (total := info.get(f"total_{what}")) is None else total
@@ -165,7 +168,7 @@ def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, 
         if stated > counted:
             raise DataError(
                 f"{root}: meta/info.json counts {stated} {what} but {path.relative_to(root)} describes {counted}. The "
-                f"recording was interrupted or copied in part; {REWRITE}"
+                f"recording was interrupted or copied in part; {rewrite(root)}"
             )
     if numbers and numbers[-1] != len(numbers) - 1:
         first = next(i for i, number in enumerate(numbers) if number != i)
@@ -183,7 +186,7 @@ def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, 
 def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     paths = sorted((root / "meta/episodes").glob("chunk-*/file-*.parquet"))
     if not paths:
-        raise DataError(f"{root} is incomplete: meta/episodes holds no parquet file; {REWRITE}")
+        raise DataError(f"{root} is incomplete: meta/episodes holds no parquet file; {rewrite(root)}")
     rows: list[dict[str, Any]] = []
     for path in paths:
         table = read_parquet(path, without="stats/")
@@ -191,11 +194,11 @@ def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
         needed = ("episode_index", "length", "data/chunk_index", "data/file_index")
         absent = [name for name in needed if name not in table.schema.names]
         if absent:
-            raise DataError(f"{path} has no column '{absent[0]}'; {REWRITE}")
+            raise DataError(f"{path} has no column '{absent[0]}'; {rewrite(root)}")
         for name in needed:
             whole_numbers(table, name, path)
         if "tasks" in table.schema.names and not _are_texts(table.schema.field("tasks").type):
-            raise DataError(f"'tasks' in {path} holds {table.schema.field('tasks').type} instead of texts; {REWRITE}")
+            raise DataError(f"'tasks' in {path} holds {table.schema.field('tasks').type} instead of texts; {rewrite(root)}")
         rows += ({key: value for key, value in row.items() if value is not None} for row in table.to_pylist())
     return rows, paths
 
@@ -248,7 +251,8 @@ def _files_v3(paths: _Paths, keys: Sequence[str], row: Mapping[str, Any]) -> Epi
         pointers = [row.get(name) for name in (f"videos/{key}/chunk_index", f"videos/{key}/file_index", start)]
         if not all(type(pointer) is int and pointer >= 0 for pointer in pointers[:2]) or pointers[2] is None:
             raise DataError(
-                f"Episode {row['episode_index']} of {root} does not say where its video '{key}' is (meta/episodes); {REWRITE}"
+                f"Episode {row['episode_index']} of {root} does not say where its video '{key}' is (meta/episodes); "
+                f"{rewrite(root)}"
             )
         path = paths("video_path", VIDEO_V3, video_key=key, chunk_index=pointers[0], file_index=pointers[1])
         videos[key] = (path, seconds(root, row, start))
@@ -269,7 +273,7 @@ def _require_data(
     """Refuse missing data files, unless their rows lie in another one: those episodes are pointed to it, with a note."""
     exists = {path: is_file(path) for path in {one.data for one in files}}
     elsewhere = _located(root) if not all(exists.values()) else {}
-    found, moved = [], []
+    found, moved, lost = [], [], []
     for number, one in zip(numbers, files, strict=True):
         if exists[one.data]:
             found.append(one)
@@ -277,27 +281,46 @@ def _require_data(
             moved.append(number)
             found.append(replace(one, data=elsewhere[number]))
         else:
-            raise DataError(_missing(root, number, one.data))
+            lost.append((number, one.data))
+    if lost:
+        raise DataError(missing_files(root, lost, len(numbers)))
     note = f"Rows of episode {some(moved)} are not in the file that meta names; they were found in another one."
     return found, (note,) if moved else ()
 
 
-def _absent_videos(root: Path, numbers: Sequence[int], files: Sequence[EpisodeFiles]) -> dict[str, str]:
+def _absent_videos(numbers: Sequence[int], files: Sequence[EpisodeFiles]) -> dict[str, dict[int, Path]]:
     """See ``Meta.absent``. Whether they are needed depends on the views that are used."""
     exists = {path: is_file(path) for path in {path for one in files for path, _ in one.videos.values()}}
-    absent: dict[str, str] = {}
+    absent: dict[str, dict[int, Path]] = {}
     for number, one in zip(numbers, files, strict=True):
         for key, (path, _) in one.videos.items():
             if not exists[path]:
-                absent.setdefault(key, _missing(root, number, path))
+                absent.setdefault(key, {})[number] = path
     return absent
 
 
-def _missing(root: Path, number: int, path: Path) -> str:
-    return (
-        f"Episode {number} of {root} needs {path.relative_to(root)}, which is missing. Copy it again, or leave the "
-        f"episode out: vlaflow data drop {root} --episodes {number} --out DIR"
-    )
+def missing_files(root: Path, needed: Sequence[tuple[int, Path]], episodes: int) -> str:
+    """What is missing, and what to do about all of it.
+
+    Args:
+        root: the data set's folder.
+        needed: numbers of episodes, each with a missing file that it needs; at least one.
+        episodes: how many the data set has.
+    """
+    numbers = sorted({number for number, _ in needed})
+    first, *others = dict.fromkeys(path.relative_to(root).as_posix() for _, path in sorted(needed))
+    said = f"Episode {numbers[0]} of {root} needs {first}, which is missing."
+    files, them = ("these files", "them") if others else ("it", "it")
+    count = f"{'All ' * (len(numbers) == episodes)}{len(numbers)} episodes need {files}." if len(numbers) > 1 else ""
+    if others:
+        said += f" So {'are' if len(others) > 1 else 'is'} {some(others)}{f'; {count}' if count else '.'}"
+    elif count:
+        said += f" {count}"
+    if len(numbers) == episodes:
+        return f"{said} Copy {them} again."
+    out, which = f"leave {'these episodes' if count else 'the episode'} out", spans(numbers)
+    command = f"drop {root} --episodes {which}" if len(which) <= MOST_SPANS else f"repair {root}"
+    return f"{said} Copy {them} again, or {out}: vlaflow data {command} --out DIR"
 
 
 def _located(root: Path) -> dict[int, Path]:

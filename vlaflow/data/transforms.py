@@ -88,6 +88,22 @@ class Normalizer:
                 raise ConfigError(f"There is no normalisation '{mode}'; {nearest(mode, MODES)}")
         return Normalizer(mode, tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
 
+    @staticmethod
+    def of_actions(
+        stats: FeatureStats, names: Sequence[str], mode: Mode, clip: float | None = None, kept: Sequence[str] = ()
+    ) -> Normalizer:
+        """Of actions, as a policy's config and the file of an action tokenizer state it.
+
+        Args:
+            stats: of the actions.
+            names: of their dimensions.
+            mode: see ``from_stats``.
+            clip: largest size of a normalised number; None for no limit.
+            kept: words; dimensions with one of them in their name, in small letters, are left as they are.
+        """
+        found = tuple(d for d, name in enumerate(names) if any(word in name.lower() for word in kept))
+        return Normalizer.from_stats(stats, mode).limited(clip, found)
+
     def limited(self, clip: float | None, kept: Sequence[int] = ()) -> Normalizer:
         """The same, with clipping and with some dimensions left as they are."""
         pairs = [(0.0, 1.0) if d in kept else pair for d, pair in enumerate(zip(self.shift, self.scale, strict=True))]

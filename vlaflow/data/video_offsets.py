@@ -16,8 +16,10 @@ from vlaflow.errors import DataError
 from vlaflow.strict import finite_number
 from vlaflow.text import shown
 
-REWRITE = "copy the meta folder again, or write it again from rows and videos: vlaflow data repair DIR --out NEW"
-"""How to get a meta folder that agrees with rows and videos."""
+
+def rewrite(root: Path) -> str:
+    """How to get a meta folder that agrees with rows and videos."""
+    return f"copy the meta folder again, or write it again from rows and videos: vlaflow data repair {root} --out DIR"
 
 
 def seconds(root: Path, row: Mapping[str, Any], column: str) -> float:
@@ -30,7 +32,7 @@ def seconds(root: Path, row: Mapping[str, Any], column: str) -> float:
     if not finite_number(value) or value < 0:
         raise DataError(
             f"Episode {row['episode_index']} of {root}: '{column}' is {shown(value)}; it must be a time ≥ 0 in seconds. "
-            f"Correct it in meta/episodes, {REWRITE}"
+            f"Correct it in meta/episodes, {rewrite(root)}"
         )
     return float(value)
 
@@ -65,7 +67,7 @@ def require_sound_offsets(
                     f"Episode {row['episode_index']} of {root} has {row['length']} frames ({length_s:.4f} s at fps = {fps:g}), "
                     f"but meta/episodes gives it {available_s:.4f} s of video '{key}' ({path.relative_to(root)}), from "
                     f"{start_s:.4f} to {start_s + available_s:.4f} s. Correct these times, or fps in "
-                    f"meta/info.json, {REWRITE}"
+                    f"meta/info.json, {rewrite(root)}"
                 )
             if row["length"]:
                 by_file.setdefault((key, path), []).append((start_s, int(row["episode_index"]), start_s + length_s))
@@ -76,7 +78,7 @@ def require_sound_offsets(
                 raise DataError(
                     f"Episodes {before} and {after} of {root} overlap in video '{key}' ({path.relative_to(root)}): {before} "
                     f"ends at {end_s:.4f} s, {after} begins at {start_s:.4f} s. Correct the offset that is wrong "
-                    f"('videos/{key}/from_timestamp' in meta/episodes, or 'video_path' in meta/info.json), {REWRITE}"
+                    f"('videos/{key}/from_timestamp' in meta/episodes, or 'video_path' in meta/info.json), {rewrite(root)}"
                 )
 
 

@@ -79,6 +79,11 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         """Tokens are drawn, and nothing can be given beforehand."""
         return self.drawing
 
+    @property
+    def suffix_tokens(self) -> int:
+        """The mark, and every token but the last, which none follows."""
+        return self.slots
+
     def nfe(self, sampling: Sampling) -> int:
         """One a slot, at most, whatever number of steps."""
         return self.slots

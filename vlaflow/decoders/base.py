@@ -193,6 +193,14 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """How many committed actions a chunk may begin with, which leave at least one to make; 0 where it can continue none."""
         return self.chunk_size - 1 if {Capability.CONDITIONING, Capability.REGENERATION} <= self.capabilities else 0
 
+    @property
+    def suffix_tokens(self) -> int:
+        """Tokens that it runs through the backbone's own layers behind an observation's, which must have positions for them.
+
+        By default none, as of a decoder with layers of its own.
+        """
+        return 0
+
     def begin_from(self, backbone: Backbone) -> None:
         """Take first values from a backbone's own weights, where the config asks for it; by default none."""
 

@@ -199,6 +199,11 @@ class FlowDecoder(Decoder[FlowState]):
         """As trained; with mixed clocks, or by guidance, any number that leaves actions to make."""
         return self.config.max_action_prefix or self.chunk_size - 1
 
+    @property
+    def suffix_tokens(self) -> int:
+        """One per action, unless an expert has layers for them."""
+        return 0 if self.stack.own_layers else self.chunk_size
+
     def nfe(self, sampling: Sampling) -> int:
         """One a step, or two to second order."""
         return sampling.evaluations

@@ -149,6 +149,12 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         """See ``Decoder``: those of its flow."""
         self.flow.learn_exits(exits)
 
+    @property
+    def suffix_tokens(self) -> int:
+        """The latent tokens, and the FAST tokens behind them; the expert has layers for the actions."""
+        fast = 0 if self.fast is None else self.config.latent.codes + self.fast.suffix_tokens
+        return max(self.latent.suffix_tokens, fast)
+
     def nfe(self, sampling: Sampling) -> int:
         """Of the expert, whatever the latent tokens take."""
         return self.flow.nfe(sampling)

@@ -89,6 +89,11 @@ class LatentReader(nn.Module):
         """Passes through the backbone's layers that ``read`` takes."""
         return 1 if self.config.answer == "parallel" else 1 + self.config.codes
 
+    @property
+    def suffix_tokens(self) -> int:
+        """One per code, and the one to begin with where they follow each other."""
+        return self.config.codes + (self.config.answer == "autoregressive")
+
     def read(self, prefix: Prefix) -> Written:
         """Have the tokens written, greedily where one depends on another, through as many layers as the prefix has run."""
         if self.config.answer == "parallel":

@@ -91,6 +91,11 @@ class RegressionDecoder(Decoder[RegressionState]):
         if exits.own_heads:
             self.exit_heads = ExitHeads(exits, self._reads, self._hidden, self.action_dim)
 
+    @property
+    def suffix_tokens(self) -> int:
+        """The queries, unless an expert has layers for them."""
+        return 0 if self.stack.own_layers else self.config.tokens
+
     def nfe(self, sampling: Sampling) -> int:
         """One, whatever number of steps."""
         return 1

@@ -221,6 +221,11 @@ class TokenDecoder(Decoder[State]):
         return self.tokenizer.slots
 
     @property
+    def suffix_tokens(self) -> int:
+        """The tokens, and the mark in front of them."""
+        return self.slots + (self.front is not None)
+
+    @property
     def conditioning(self) -> frozenset[Capability]:
         """How a chunk can be conditioned where tokens can be given at all: by tokens, and by actions where each token
         belongs to one action.

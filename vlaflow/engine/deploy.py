@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ from vlaflow.engine.programs import STEPS, Precision, Program, Programs
 from vlaflow.engine.store import COMPILERS, Compiler, Deployment, Identity, Speed
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.packages import require
+from vlaflow.text import as_typed
 
 Engine = Literal["auto", "eager", "aoti", "openvino", "graphs", "graphs-fp8"]
 TOLERANCE: dict[Precision, float] = {"f32": 1e-5, "bf16": 0.05}
@@ -117,49 +119,52 @@ def build(
     return made
 
 
-def deployed(model: Model, weights: Callable[[], str], engine: Engine) -> Opened | None:
+def deployed(model: Model, weights: Callable[[], str], engine: Engine, checkpoint: Path | None = None) -> Opened | None:
     """The model computed by programs; None to stay eager.
 
     Args:
         model: the networks.
         weights: fingerprint of their checkpoint; called only if this user has any programs.
         engine: see ``policies.engines.with_engine``.
+        checkpoint: its folder, for the cures.
 
     Raises:
         DeploymentError: the programs of a compiler that was asked for by name are missing, or were built for something else.
     """
     device = model.device
     if engine == "auto":
-        return _fastest(model, weights()) if device.type == "cpu" and store.root().exists() else None
+        return _fastest(model, weights(), checkpoint) if device.type == "cpu" and store.root().exists() else None
     if engine == "eager" or engine == "graphs" or engine == "graphs-fp8":  # noqa: PLR1714 - narrows the type
         return None
     if device.type != "cpu":
         raise CapabilityError(f"Programs run on the CPU, and this policy is on {device}. Leave --device or --engine out.")
     if engine == "openvino":
         require("openvino", what="--engine openvino")
-    found = store.find(weights(), engine)
+    found = store.find(weights(), engine, checkpoint)
     if found is None:
         raise DeploymentError(
-            f"This checkpoint has no programs of {engine} on this machine. Build them: vlaflow deploy CKPT --engine {engine}"
+            f"This checkpoint has no programs of {engine} on this machine. Build them: vlaflow deploy {as_typed(checkpoint)} "
+            f"--engine {engine}"
         )
-    return _open(model, found)
+    return _open(model, found, checkpoint)
 
 
-def _fastest(model: Model, weights: str) -> Opened | None:
+def _fastest(model: Model, weights: str, checkpoint: Path | None) -> Opened | None:
     """The deployment whose chunks take least; None where eager ones do. What cannot be used is said in a sentence."""
     usable: list[tuple[float, Opened]] = []
     for compiler in COMPILERS:
         try:
-            found = store.find(weights, compiler)
+            found = store.find(weights, compiler, checkpoint)
             if found is not None and found.measured is not None and found.measured.milliseconds < found.measured.eager:
-                usable.append((found.measured.milliseconds, _open(model, found)))
+                usable.append((found.measured.milliseconds, _open(model, found, checkpoint)))
         except DeploymentError as error:
             sys.stderr.write(f"{error} Until then this policy runs without them.\n")
     return min(usable, key=lambda pair: pair[0])[1] if usable else None
 
 
-def _open(model: Model, deployment: Deployment) -> Opened:
-    return _opened(_network(model, deployment.compiler, deployment.precision), deployment, store.load(deployment))
+def _open(model: Model, deployment: Deployment, checkpoint: Path | None) -> Opened:
+    programs = store.load(deployment, checkpoint=checkpoint)
+    return _opened(_network(model, deployment.compiler, deployment.precision), deployment, programs)
 
 
 def _opened(network: Model, deployment: Deployment, programs: Programs) -> Opened:

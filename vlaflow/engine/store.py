@@ -27,6 +27,7 @@ from vlaflow.errors import CheckpointError, DeploymentError
 from vlaflow.io import read_json
 from vlaflow.outputs import PartialOutput, require_writable_folder, storing, write_json
 from vlaflow.packages import require
+from vlaflow.text import as_typed
 from vlaflow.versions import processor
 
 Compiler = Literal["aoti", "openvino"]
@@ -126,8 +127,13 @@ def folder(weights: str, compiler: Compiler) -> Path:
     return root() / f"{weights}-{compiler}"
 
 
-def find(weights: str, compiler: Compiler) -> Deployment | None:
+def find(weights: str, compiler: Compiler, checkpoint: Path | None = None) -> Deployment | None:
     """The deployment of these weights; None where there is none.
+
+    Args:
+        weights: fingerprint of the checkpoint.
+        compiler: that built it.
+        checkpoint: its folder, for the cures.
 
     Raises:
         DeploymentError: it was made for something else, or others could have written it.
@@ -135,21 +141,27 @@ def find(weights: str, compiler: Compiler) -> Deployment | None:
     place = folder(weights, compiler)
     if not place.exists():
         return None
-    _require_private(root(), place, place / MANIFEST)
+    _require_private(checkpoint, root(), place, place / MANIFEST)
+    again = _again(compiler, checkpoint)
     try:
         found = from_json(Deployment, read_json(place / MANIFEST), str(place / MANIFEST))
     except CheckpointError as error:
-        raise DeploymentError(f"{error} {_again(compiler)}") from error
+        raise DeploymentError(f"{error} {again}") from error
     wanted = Identity.here(weights, compiler)
     for field in fields(Identity):
         was, now = getattr(found.identity, field.name), getattr(wanted, field.name)
         if was != now:
-            raise DeploymentError(f"The programs in {place} were built for {field.name} {was}, not {now}. {_again(compiler)}")
+            raise DeploymentError(f"The programs in {place} were built for {field.name} {was}, not {now}. {again}")
     return found
 
 
-def load(deployment: Deployment, place: Path | None = None) -> Programs:
-    """Open the programs, by default where they are kept.
+def load(deployment: Deployment, place: Path | None = None, checkpoint: Path | None = None) -> Programs:
+    """Open the programs.
+
+    Args:
+        deployment: what they are.
+        place: folder of them; None for where they are kept.
+        checkpoint: folder of the checkpoint, for the cures.
 
     Raises:
         DeploymentError: a file is missing or damaged, or others could have written it.
@@ -159,8 +171,8 @@ def load(deployment: Deployment, place: Path | None = None) -> Programs:
     for name, digest in deployment.programs.items():
         file = file_of(place, name, deployment.compiler)
         if not file.exists() or _hash(file) != digest:
-            raise DeploymentError(f"{file} is missing or damaged. {_again(deployment.compiler)}")
-        _require_private(file)
+            raise DeploymentError(f"{file} is missing or damaged. {_again(deployment.compiler, checkpoint)}")
+        _require_private(checkpoint, file)
         opened[ProgramKey.named(name)] = open_one(file)
     return Programs(opened)
 
@@ -225,7 +237,7 @@ def write(deployment: Deployment, to: Path) -> None:
     (to / MANIFEST).chmod(0o600)
 
 
-def _require_private(*places: Path) -> None:
+def _require_private(checkpoint: Path | None, *places: Path) -> None:
     for place in places:
         if not place.exists():
             continue
@@ -233,12 +245,13 @@ def _require_private(*places: Path) -> None:
         if place.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o022:
             raise DeploymentError(
                 f"{place} is a link, belongs to another user, or can be written by others, so it may hold anybody's code. "
-                "Remove it, or set XDG_CACHE_HOME to a folder of yours, and deploy again: vlaflow deploy CKPT"
+                "Remove it, or set XDG_CACHE_HOME to a folder of yours, and deploy again: "
+                f"vlaflow deploy {as_typed(checkpoint)}"
             )
 
 
-def _again(compiler: Compiler) -> str:
-    return f"Build them again: vlaflow deploy CKPT --engine {compiler}"
+def _again(compiler: Compiler, checkpoint: Path | None) -> str:
+    return f"Build them again: vlaflow deploy {as_typed(checkpoint)} --engine {compiler}"
 
 
 def _hash(file: Path) -> str:

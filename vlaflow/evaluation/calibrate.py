@@ -8,6 +8,7 @@ Shape letters: N samples, K exits, B batch, L chunk size, D action dimension.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -177,7 +178,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
             "Train it with exits (docs/concepts.md)."
         )
     plan = ExitPlan(depths, request.metric, request.sampling, request.warm_start, request.restart)
-    EarlyExit(plan, (inf,) * len(plan.exits)).needs.check(policy.model, "calibration")
+    EarlyExit(plan, (inf,) * len(plan.exits)).needs.check(policy.model, "calibration", policy.folder)
     if depths[-1] != policy.model.depths[-1]:
         raise ConfigError(f"The last of the depths must be the full one, {policy.model.depths[-1]}, got {list(depths)}.")
     folder = checkpoint / FOLDER
@@ -249,7 +250,13 @@ def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: in
     views = policy.views
     area = policy.config.backbone.input_size.area
     found = open_few_frames(dataset, next(iter(views.values())), list(views), area=area)
-    left_out = left_out_by(policy.folder) or LeftOut()
+    left_out = left_out_by(policy.folder)
+    if left_out is None and policy.folder is not None:
+        sys.stderr.write(
+            f"{policy.folder} holds no record of its training, so the default rule leaves out actions after an intervention "
+            "(vlaflow.data.quality.InterventionRule).\n"
+        )
+    left_out = left_out or LeftOut()
     windows = Windows(dataset, found, policy.chunk_size, episodes, intervention_rule=left_out.interventions)
     random = np.random.default_rng(seed)
     by_task: dict[str, list[int]] = {}

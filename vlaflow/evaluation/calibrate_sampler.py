@@ -134,7 +134,7 @@ def run(
     typed = distinct(request.computes or candidates(policy.model))
     names, computes = list(typed), list(typed.values())
     for compute in computes:
-        compute.needs.check(policy.model, compute.name)
+        compute.needs.check(policy.model, compute.name, policy.folder)
     envs = tuple(expand_env_names(request.envs))
     n_action_steps = request.rollout.n_action_steps or policy.n_action_steps
     rollout = replace(request.rollout, device=device, dtype=dtype, n_action_steps=n_action_steps)

@@ -112,7 +112,7 @@ def run(
     policy, mark = Policy.from_pretrained(checkpoint, device), fingerprint(checkpoint)
     data = Dataset.open(dataset, reading=reading or reading_of(checkpoint, dataset))
     chosen = policy.default_compute if compute == "auto" else policy.compute(compute)
-    chosen.needs.check(policy.model, chosen.name)
+    chosen.needs.check(policy.model, chosen.name, policy.folder)
     episodes = data.numbers if new_data else held_out(checkpoint, data)
     found = sample(policy, data, episodes, frames)
     return measure(policy, chosen, found, checkpoint=mark)

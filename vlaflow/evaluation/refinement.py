@@ -167,7 +167,7 @@ def run(checkpoint: Path, dataset: Path, request: RefineRequest, device: str = "
     doubt = doubt_of(request.doubt, 0.0, request.draws)
     steps = request.n_action_steps or policy.n_action_steps
     refine = Refine(doubt, second_round(request.sampling, first), first, request.clock, steps)
-    refine.needs.check(policy.model, "calibration")
+    refine.needs.check(policy.model, "calibration", policy.folder)
     if before := replaced(file, RefineCalibration.load, checkpoint=mark, dataset=data.fingerprint, dtype=dtype):
         draws = request.draws if request.doubt == SPREAD else 0
         asked = {

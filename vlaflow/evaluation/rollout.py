@@ -405,7 +405,7 @@ def require_fit(
         if config.max_steps is not None and not 1 <= config.max_steps <= step_limit(env):
             raise ConfigError(f"max_steps of {env} must lie in 1..{step_limit(env)}, got {config.max_steps}.")
     for compute in computes:
-        compute.needs.check(policy.model, compute.name)
+        compute.needs.check(policy.model, compute.name, policy.folder)
 
 
 def open_env(policy: Policy, name: str, render: Render, copy: int = 0) -> Environment:

@@ -15,6 +15,7 @@ from vlaflow.actions.base import Tokenizer, TokenizerConfig
 from vlaflow.actions.bins import BinsFit
 from vlaflow.actions.fast import FastFit
 from vlaflow.data import stats
+from vlaflow.data.draft import spec_of
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.data.windows import action_chunks, split_episodes
@@ -88,8 +89,23 @@ class TokenizerExamples:
     dimensions: tuple[str, ...]
 
 
-def material(dataset: Dataset, chunk_size: int, mode: Mode, validation_fraction: float = 0.06, seed: int = 0) -> Material:
+def material(
+    dataset: Dataset,
+    chunk_size: int,
+    mode: Mode,
+    clip: float | None = None,
+    kept: Sequence[str] = (),
+    *,
+    validation_fraction: float = 0.06,
+    seed: int = 0,
+) -> Material:
     """Chunks as in training: normalised by statistics of the training episodes, with the same episodes held out.
+
+    Args:
+        dataset: an open data set.
+        chunk_size: L.
+        mode, clip, kept: a policy's action_normalisation, action_clip and kept_actions; see ``Normalizer.of_actions``.
+        validation_fraction, seed: a recipe's.
 
     Raises:
         SpecError: the data set has one episode per task, so nothing can be held out.
@@ -97,7 +113,8 @@ def material(dataset: Dataset, chunk_size: int, mode: Mode, validation_fraction:
     train, held = split_episodes(dataset, validation_fraction, seed)
     if not held:
         raise SpecError(f"{dataset.root} has one episode per task, so none can be held out. Record more.")
-    normaliser = Normalizer.from_stats(stats.compute(dataset, train)["action"], mode)
+    names = [dimension.name for dimension in spec_of(dataset).dimensions]
+    normaliser = Normalizer.of_actions(stats.compute(dataset, train)["action"], names, mode, clip, kept)
 
     def normalised(episodes: Sequence[int]) -> np.ndarray:
         return normaliser.forward(torch.from_numpy(action_chunks(dataset, chunk_size, episodes))).numpy()

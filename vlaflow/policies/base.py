@@ -350,7 +350,7 @@ class Policy:
         generators: list[Generator],
         conditioning: Conditioning | None,
     ) -> list[Chunk]:
-        compute.needs.check(self.model, compute.name)
+        compute.needs.check(self.model, compute.name, self.folder)
         watch = Stopwatch(self.device)
         with watch.part("total"):
             with watch.part("prefix"):

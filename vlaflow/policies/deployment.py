@@ -51,7 +51,7 @@ def build(policy: Policy, folder: Path, plan: DeploymentPlan, say: Callable[[Pro
         DeploymentError: the programs give other chunks.
     """
     for compute in plan.computes:
-        compute.needs.check(policy.model, compute.name)
+        compute.needs.check(policy.model, compute.name, folder)
     processor = policy.processor.backbone.bucketed(plan.lengths)
 
     def judge(opened: Opened) -> Speed:

@@ -43,7 +43,7 @@ def with_engine(policy: Policy, engine: Engine) -> Policy:
         return policy
     if policy.dtype != "fp32":
         raise CapabilityError("Programs have a precision of their own (vlaflow deploy --precision); leave --dtype out.")
-    found = deploy.deployed(policy.model, partial(fingerprint, policy.folder), engine)
+    found = deploy.deployed(policy.model, partial(fingerprint, policy.folder), engine, policy.folder)
     if found is None:
         return policy
     return replace(policy, model=found.model, backbone_processor=policy.processor.backbone.bucketed(found.lengths))

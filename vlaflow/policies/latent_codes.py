@@ -43,7 +43,7 @@ def codes_of(
     if path is None:
         raise ConfigError(
             "This decoder learns to name latent actions; give it a latent action model with --latent (train one: vlaflow train "
-            "iflybot.latent --dataset DIR --out DIR), or --set policy.decoder.teaches=false."
+            f"iflybot.latent --dataset {dataset.root} --out DIR), or --set policy.decoder.teaches=false."
         )
     model = StoredLatentModel.open(path)
     fit_codes(model.config, wanted, str(path))

@@ -29,6 +29,7 @@ from vlaflow.outputs import copy_files, require_writable_folder, whole_folder, w
 from vlaflow.policies.action_prefix import longest_action_prefix
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import LEROBOT, home_of, local_folder
+from vlaflow.policies.provenance import keep_run
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.robots import keep_robot
 from vlaflow.policies.seeds import chunk_generator
@@ -195,6 +196,7 @@ def export(checkpoint: Path | str, out: Path, robot: str | None = None) -> str:
     policy = Policy.from_pretrained(folder, robot=robot)
     with whole_folder(out, "The exported checkpoint") as part:
         copy_files(home_of(folder), part / LEROBOT, leave_out=("training", ".*", "*/.*"))
+        keep_run(folder, part / LEROBOT)
         if policy.robot is not None:
             keep_robot(part / LEROBOT, policy.robot)
         for name, content in layout(policy).items():

@@ -226,13 +226,14 @@ class PolicyObjective(Objective):
         self, config: TrainConfig, datasets: Sequence[OpenedDataset], robots: Robots, file: Path | str | None
     ) -> PolicyConfig:
         """The assembly with the given tokenizer, or one fitted on the training episodes where its decoder needs one."""
-        decoder, mode = self.policy.decoder, self.policy.action_normalisation
+        own, decoder = self.policy, self.policy.decoder
         if file is not None:
             decoder = decoder.with_tokenizer(named_tokenizer(file))
-            require_normalisation(file, mode)  # afterwards: no other normalisation gives a decoder without tokens a use for it
+            # afterwards: no other normalisation gives a decoder without tokens a use for it
+            require_normalisation(file, own.action_normalisation, own.action_clip, own.kept_actions)
         if decoder.unfitted:
-            decoder = decoder.fitted(normalised_chunks(self.policy, config, datasets, robots))
-        return replace(self.policy, decoder=decoder)
+            decoder = decoder.fitted(normalised_chunks(own, config, datasets, robots))
+        return replace(own, decoder=decoder)
 
 
 @dataclass(frozen=True)

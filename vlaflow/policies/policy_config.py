@@ -127,12 +127,16 @@ class PolicyConfig:
 
     def action_normalizer(self, stats: Mapping[str, FeatureStats], action_spec: ActionSpec) -> Normalizer:
         """Of a robot's actions, by the statistics of its data."""
-        names = [dimension.name.lower() for dimension in action_spec.dimensions]
-        kept = tuple(d for d, name in enumerate(names) if any(word in name for word in self.kept_actions))
-        return Normalizer.from_stats(stats["action"], self.action_normalisation).limited(self.action_clip, kept)
+        names = [dimension.name for dimension in action_spec.dimensions]
+        limits = self.action_clip, self.kept_actions
+        return Normalizer.of_actions(stats["action"], names, self.action_normalisation, *limits)
 
     def build(self) -> Model:
-        """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy."""
+        """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy.
+
+        Raises:
+            ConfigError: the parts do not fit each other, such as a chunk of more tokens than the backbone has positions for.
+        """
         backbone = self.backbone.build()
         depth = backbone.spec.depth
         if self.exits is not None and self.exits.depths[-1] != depth:
@@ -141,11 +145,21 @@ class PolicyConfig:
                 "with it, or set exits=none."
             )
         decoder = self.decoder.build(backbone.spec)
+        self._require_positions(decoder.suffix_tokens)
         decoder.begin_from(backbone)
         if self.exits is not None:
             decoder.learn_exits(self.exits)
         rater = self.rater.build(backbone.spec, self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
         return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
+
+    def _require_positions(self, tokens: int) -> None:
+        limit = self.backbone.longest_suffix
+        if limit is not None and tokens > limit.size:
+            raise ConfigError(
+                f"The decoder adds {tokens} tokens to the observation's for its chunks of {self.decoder.chunk_size} actions, "
+                f"and the backbone has {limit.size} positions for them. For a new policy: "
+                f"--set policy.backbone.{limit.key}={tokens}, or shorter chunks."
+            )
 
     def opened(self, file: Path, device: str) -> Model:
         """The networks with a checkpoint's weights, which are read later where processes are going to share them.

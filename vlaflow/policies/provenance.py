@@ -24,9 +24,12 @@ from vlaflow.data.vqa import Turns, VqaDataset
 from vlaflow.data.windows import split_episodes
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.io import read_json
+from vlaflow.outputs import write_json
 from vlaflow.policies.checkpoint import ROBOT, home_of
 
 STATE = "state.json"
+RUN = "run.json"
+"""The record of the run in a checkpoint that has none of its training states, such as an export."""
 READING = "reading"
 """Key of how the data set was read in a run's record."""
 IMAGES = "images"
@@ -74,9 +77,17 @@ def newest_state(folder: Path) -> tuple[int, Path] | None:
 
 
 def run_of(folder: Path) -> dict[str, Any]:
-    """Recipe, data, config, ... of the run in a checkpoint folder; empty where there is no training state."""
-    found = newest_state(home_of(folder))
-    return {} if found is None else read_json(found[1] / STATE).get("run", {})
+    """Recipe, data, config, ... of the run in a checkpoint folder; empty where there is no record of it."""
+    home = home_of(folder)
+    if found := newest_state(home):
+        return read_json(found[1] / STATE).get("run", {})
+    return read_json(home / RUN) if (home / RUN).exists() else {}
+
+
+def keep_run(folder: Path, copy: Path) -> None:
+    """Give a copy of a checkpoint without its training states the record of its run, where there is one."""
+    if run := run_of(folder):
+        write_json(copy / RUN, run, indent=1)
 
 
 def reading_of(folder: Path, root: Path | str) -> Reading | None:
@@ -110,7 +121,7 @@ class LeftOut:
 
 
 def left_out_by(folder: Path | None) -> LeftOut | None:
-    """The rules of a checkpoint's training; None where there is no record of it, as in an export.
+    """The rules of a checkpoint's training; None where there is no record of it, as in a copy without ``training/``.
 
     Args:
         folder: of the checkpoint, or of one of its robots; None for a policy that was never saved.
@@ -176,10 +187,10 @@ class TrainedOn:
 def trained_on(folder: Path) -> tuple[TrainedOn, ...]:
     """What a checkpoint's training and those of the checkpoints that it continues learned from, its own last.
 
-    Empty where the folder does not say, as one that was published without ``training/``.
+    Empty where the folder does not say, as one that was copied without ``training/``.
     """
-    found = newest_state(home_of(folder))
-    return () if found is None else _trained_on(run_of(folder), str(found[1] / STATE))
+    run = run_of(folder)
+    return _trained_on(run, f"the training's record in {folder}") if run else ()
 
 
 def ancestry(folder: Path) -> dict[str, Any]:

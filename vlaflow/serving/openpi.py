@@ -125,7 +125,9 @@ class OpenpiConversation(Conversation):
     def _within(self, budget_ms: float) -> ComputePolicy:
         budget = self.server.config.budget
         if budget is None:
-            raise RequestError("This server has no latency profile for budget_ms; measure one: vlaflow bench latency CKPT")
+            checkpoint = self.server.config.checkpoint or "CKPT"
+            cure = f"measure one: vlaflow bench latency {checkpoint}"
+            raise RequestError(f"This server has no latency profile for budget_ms; {cure}")
         try:
             return budget(budget_ms)
         except VlaflowError as error:

@@ -119,7 +119,7 @@ class PolicyServer:
     config: ServerConfig
 
     def __post_init__(self) -> None:
-        self.compute.needs.check(self.policy.model, self.compute.name)
+        self.compute.needs.check(self.policy.model, self.compute.name, self.policy.folder)
         chunk_size = self.policy.chunk_size
         stated = self.config.n_action_steps
         self.n_action_steps = self.policy.n_action_steps if stated is None else stated

@@ -440,7 +440,7 @@ class Trainer:
     def _bar(self) -> Any:
         if not self.team.is_first:
             return nullcontext(Silent())
-        return progress(self.config.steps - self.step, "Training")
+        return progress(self.config.steps, "Training", done=self.step)
 
     def _note(self, entry: Mapping[str, Any]) -> str:
         held = "" if self._validation is None else f", held out {self._validation:.4f}"

@@ -56,6 +56,11 @@ class LineDecoder(Decoder[Tensor | None]):
             found.append(torch.lerp(first_BD[:, None], last_BD[:, None], self.share_L1))
         return found
 
+    @property
+    def suffix_tokens(self) -> int:
+        """The two ends."""
+        return 2
+
     def nfe(self, sampling: Sampling) -> int:
         """One, whatever number of steps."""
         return 1
