@@ -1,6 +1,7 @@
 """Parts of other distributions: found by their entry points, refused in a sentence, and never chosen by a file alone."""
 
 import ast
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -126,6 +127,58 @@ def test_a_config_that_nothing_declares_is_refused_before_it_is_written():
     """It would train for hours, save, and then not open."""
     with pytest.raises(ConfigError, match=r"HomelessConfig = \"tests.test_registry:HomelessConfig\""):
         to_json(HomelessConfig())
+
+
+FIELDS = """
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+import numpy as np
+from vlaflow.decoders.base import DecoderConfig
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+@dataclass(frozen=True)
+class ForeignConfig(DecoderConfig):
+    action_dim: int = 1
+    chunk_size: int = 4
+    more: {field}
+
+    def build(self, spec):
+        raise NotImplementedError
+"""
+
+
+@pytest.mark.parametrize(
+    ("field", "why"),
+    [
+        ("Any = field(default_factory=lambda: np.ones(3))", "'ForeignConfig.more' is of type ndarray, which JSON cannot hold"),
+        ("int = np.int64(3)", "'ForeignConfig.more' is of type int64"),
+        ("tuple = (1, Path('a'))", r"'ForeignConfig.more\[1\]' is of type PosixPath"),
+        ("dict = field(default_factory=lambda: {1: 2.0})", "'ForeignConfig.more' is a dict whose keys are not text"),
+        ("float = math.nan", "'more' in the JSON of a ForeignConfig must be a finite number, got nan"),
+        ("int = 1.5", "'more' in the JSON of a ForeignConfig must be int, got 1.5"),
+        ("'Decimal | None' = None", "have a type that cannot be read: name 'Decimal' is not defined"),
+        ("Any = field(default=2, init=False)", "the JSON of a ForeignConfig.*cannot be used"),
+    ],
+)
+def test_a_config_that_could_not_be_read_back_is_refused_before_it_is_written(install, field, why):
+    """It would train for hours, save, and then not open, or open as another one."""
+    text = FIELDS.replace("{field}", field)
+    install("foreign", [("decoders", "ForeignConfig", "foreign_fields:ForeignConfig")], {"foreign_fields": text})
+    kind = kind_of(DecoderConfig, "ForeignConfig")
+    with pytest.raises(ConfigError, match=why):
+        to_json(kind())
+    sys.modules.pop("foreign_fields")
+
+
+def test_a_config_that_is_no_dataclass_is_refused_before_it_is_written(install):
+    text = FOREIGN.replace("@dataclass(frozen=True)", "").replace("    chunk_size: int = 4", "    chunk_size = 4")
+    install("foreign", [("decoders", "ForeignConfig", "foreign_plain:ForeignConfig")], {"foreign_plain": text})
+    with pytest.raises(ConfigError, match=r"ForeignConfig.*must be a frozen dataclass"):
+        to_json(kind_of(DecoderConfig, "ForeignConfig")())
 
 
 def test_a_part_that_cannot_be_imported_stops_only_those_who_name_it(install):

@@ -32,17 +32,50 @@ def to_json(value: Any) -> JSON:
     """Plain JSON data of a (nested) dataclass.
 
     Raises:
-        ConfigError: for a config of a kind that is not registered, which ``from_json`` could not read back.
+        ConfigError: for what ``from_json`` could not read back as it was: a config of a kind that is not registered, or a value
+            that JSON does not have, or that its field does not take.
     """
+    return _plain(value, "")
+
+
+def _plain(value: Any, key: str) -> JSON:
     if isinstance(value, Part):
         require_registered(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__} | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kind = type(value).__name__
+        fields = {f.name: _plain(getattr(value, f.name), f"{key or kind}.{f.name}") for f in dataclasses.fields(value)}
+        data = {"kind": kind} | fields
+        if isinstance(value, Part):
+            _require_read_back(value, data)
+        return data
     if isinstance(value, tuple | list):
-        return [to_json(v) for v in value]
-    if isinstance(value, dict):
-        return {k: to_json(v) for k, v in value.items()}
-    return value
+        return [_plain(v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {k: _plain(v, f"{key}.{k}") for k, v in value.items()}
+    if value is None or isinstance(value, str | int | float):
+        return value
+    where = f"'{key}'" if key else "A config"
+    what = "a dict whose keys are not text" if isinstance(value, dict) else f"of type {type(value).__name__}"
+    raise ConfigError(
+        f"{where} is {what}, which JSON cannot hold. A config consists of numbers, text, tuples, dicts by name, and "
+        "dataclasses of these."
+    )
+
+
+def _require_read_back(part: Part, data: JSON) -> None:
+    """Refuse a config that would be another one, or none, when its checkpoint is opened."""
+    kind = type(part)
+    try:
+        again = _decode_dataclass(kind, json.loads(json.dumps(data)), JsonSource(f"the JSON of a {kind.__name__}"), "")
+    except NameError as error:  # a type that is imported for type checkers alone
+        raise ConfigError(f"The fields of {kind.__name__} have a type that cannot be read: {error}. Import it.") from error
+    for f in dataclasses.fields(kind):  # type: ignore[arg-type]  # every kind is a dataclass
+        before, after = getattr(part, f.name), getattr(again, f.name)
+        if json.dumps(data[f.name]) != json.dumps(_plain(after, "")):
+            raise ConfigError(
+                f"'{kind.__name__}.{f.name}' is {shown(before)}, which is read back from JSON as {shown(after)}. Give it "
+                "a type and a value that JSON has."
+            )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ never name a module. Nothing is imported before it is named, so a broken part af
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -231,6 +231,8 @@ def require_registered(part: Part) -> None:
         ConfigError: stating what its package must declare.
     """
     kind = type(part)
+    if not is_dataclass(kind):
+        raise ConfigError(f"{kind.__name__} of {kind.__module__} must be a frozen dataclass, whose fields a checkpoint holds.")
     claims = installed(part.group).get(kind.__name__, ())
     if not any(entry.load() is kind for entry in claims):
         raise ConfigError(

@@ -214,6 +214,34 @@ def test_folding_leaves_the_policy_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.model.state_dict().items())
 
 
+class Residual(torch.nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Halved(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+OTHERS = {
+    "a row with a way around it": Residual(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)),
+    "another linear layer": torch.nn.Sequential(torch.nn.LayerNorm(16), Halved(16, 16), torch.nn.Linear(16, 16)),
+    "torch's own block, which reads its matrices": torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_parts_of_other_packages_compute_what_they_did(name):
+    """A rule is for the class that it was written for: what derives from it may compute something else."""
+    network = torch.nn.ModuleList([OTHERS[name]]).eval()
+    generator = Generator().manual_seed(0)
+    x = torch.randn(2, 5, 16, generator=generator)
+    with torch.inference_mode():
+        expected, found = network[0](x), transposed(folded(network))[0](x)
+    assert (expected - found).abs().max() < ROUNDING
+
+
 def test_a_smaller_batch_takes_the_next_program():
     """And a larger one has none."""
     rows = []

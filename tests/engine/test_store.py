@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests import helpers
+from vlaflow.backbones.inputs import Processor
 from vlaflow.cli.deploy import main
 from vlaflow.compute.budget import LADDER, Ladder, Profile, Rung, profile_file, save
 from vlaflow.compute.calibration import FOLDER
@@ -275,6 +276,93 @@ def test_a_pretrained_backbone_is_refused_in_a_sentence(compiler, checkpoint, mo
     with pytest.raises(CapabilityError, match=r"shapes depend on images and words.*--engine eager"):
         build(policy, checkpoint, PLAN, say=lambda program: None)
     assert not compiler
+
+
+def as_tokens_see(prefix, inputs):
+    return replace(prefix, mask_PP=torch.ones(prefix.hidden_BPW.shape[1], prefix.hidden_BPW.shape[1], dtype=torch.bool))
+
+
+def as_if_masked(prefix, inputs):
+    """Tokens are divided by the number of those that are no padding."""
+    return replace(prefix, hidden_BPW=prefix.hidden_BPW / inputs.padding_mask_BP.sum(1)[:, None, None])
+
+
+def as_if_unmasked(prefix, inputs):
+    return replace(prefix, padding_mask_BP=None)
+
+
+class Patched(Processor):
+    """Two patches of each observation, in one row for all."""
+
+    def __init__(self, own):
+        self.own = own
+
+    def __call__(self, observation):
+        inputs = self.own(observation)
+        return replace(inputs, patches=torch.zeros(2 * len(inputs), 3))
+
+    def bucketed(self, lengths):
+        return Patched(self.own.bucketed(lengths))
+
+
+def with_prefix(policy, changed):
+    """The policy with a backbone of another package, which embeds observations otherwise."""
+
+    class Other(type(policy.model.backbone)):
+        def embed(self, inputs):
+            return changed(super().embed(inputs), inputs)
+
+    policy.model.backbone.__class__ = Other
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        (as_tokens_see, "its prefix has positions or a mask"),
+        (as_if_masked, "its embedding reads the padding mask"),
+        (as_if_unmasked, "its prefix hides other tokens than the padding mask"),
+    ],
+)
+def test_a_backbone_whose_prefix_programs_would_change_is_refused(compiler, checkpoint, changed, why):
+    """A program is given the tokens and the processor's mask alone; another package's backbone may need more."""
+    policy = with_prefix(Policy.from_pretrained(checkpoint), changed)
+    with pytest.raises(CapabilityError, match=rf"A Other has no programs: {why}.*--engine eager"):
+        build(policy, checkpoint, PLAN, say=lambda program: None)
+    assert not compiler
+
+
+def test_a_backbone_that_takes_pictures_of_any_size_is_refused(compiler, checkpoint):
+    """A program would read pictures of another size as if they had the size that it was built for."""
+    policy = Policy.from_pretrained(checkpoint)
+
+    class AnySize(type(policy.model.backbone)):
+        @property
+        def views(self):
+            return {"image": None}
+
+    policy.model.backbone.__class__ = AnySize
+    with pytest.raises(CapabilityError, match=r"A AnySize has no programs: it takes pictures of any size.*--engine eager"):
+        build(policy, checkpoint, PLAN, say=lambda program: None)
+    assert not compiler
+
+
+def test_inputs_without_a_row_for_each_observation_are_refused(compiler, checkpoint):
+    """A batch that is filled up to the next program's is filled up row by row."""
+    policy = Policy.from_pretrained(checkpoint)
+    policy = replace(policy, backbone_processor=Patched(policy.processor.backbone))
+    with pytest.raises(CapabilityError, match="its processor makes tensors without a row for each observation"):
+        build(policy, checkpoint, PLAN, say=lambda program: None)
+    assert not compiler
+
+
+def test_a_backbone_whose_prefix_has_no_state_is_deployed(compiler, checkpoint):
+    """Only stacks that read the state themselves need it there."""
+    policy = with_prefix(Policy.from_pretrained(checkpoint), lambda prefix, inputs: replace(prefix, state_BS=None))
+    made = build(policy, checkpoint, PLAN, say=lambda program: None)
+    assert {name.split("-")[0] for name in made.programs} == {"embed", "run", "step"}
+    two = with_engine(policy, "aoti").act([SEEN, SEEN], Dense(2))  # more than there are programs for
+    np.testing.assert_allclose(two[0].actions, policy.act(SEEN, Dense(2)).actions, atol=1e-5)
 
 
 def test_a_budget_picks_among_engines(deployed, checkpoint):

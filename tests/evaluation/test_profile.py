@@ -54,3 +54,20 @@ def test_a_chunk_takes_what_its_parts_were_measured_to_take(kind, monkeypatch):
         assert found.dense(1, steps) == pytest.approx(taken(Dense(steps, depth=1)))
         late = EarlyExit(ExitPlan((1, 2), sampling=Sampling(steps)), (float("inf"),))
         assert found.worst((1, 2), steps) == pytest.approx(taken(late))
+
+
+def test_operations_are_counted_where_a_module_is_given_a_view_of_a_weight():
+    """As a decoder of another package gives its learned queries to the backbone's layers; weights learn as before."""
+    policy = helpers.policy()
+    decoder = policy.model.decoder
+    decoder.query, decoder.mixed = torch.nn.Parameter(torch.ones(1, 8)), torch.nn.Linear(8, 8)
+    plain, advance = profiling.count(policy, Dense(1), [helpers.observation()]), decoder.advance
+
+    def querying(state, prefix, steps=1):
+        decoder.mixed(decoder.query.expand(5, -1))
+        return advance(state, prefix, steps)
+
+    decoder.advance = querying
+    found = profiling.count(policy, Dense(1), [helpers.observation()])
+    assert found.gflop - plain.gflop == pytest.approx(2 * 5 * 8 * 8 / 1e9)
+    assert all(weight.requires_grad for weight in policy.model.parameters())

@@ -26,7 +26,7 @@ from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.regression import RegressionConfig
-from vlaflow.errors import CalibrationError, CheckpointError, NotFiniteError, RequestError
+from vlaflow.errors import CalibrationError, CheckpointError, NotFiniteError, RequestError, SpecError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.robot.client import Client
@@ -84,6 +84,15 @@ def test_an_infinite_action_is_not_clipped_into_the_range():
         made.model.decoder.codec.head[-1].bias.fill_(-inf)
     with pytest.raises(NotFiniteError):
         made.act(helpers.observation())
+
+
+def test_a_chunk_of_another_shape_than_was_promised_is_an_error(monkeypatch):
+    """As another package's decoder may make: a robot would execute fewer actions than the metadata says."""
+    policy = helpers.policy()
+    finish = policy.model.decoder.finish
+    monkeypatch.setattr(policy.model.decoder, "finish", lambda state: finish(state)[:, :-1])
+    with pytest.raises(SpecError, match=r"a chunk of shape \(5, 4\), and its config and action spec say \(6, 4\)"):
+        policy.act(helpers.observation())
 
 
 def test_a_rating_that_is_no_number_is_an_error():

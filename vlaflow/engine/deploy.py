@@ -73,7 +73,7 @@ def build(
     """Compile the programs of a model and keep them, unless ``judge`` refuses.
 
     Args:
-        model: the networks.
+        model: the networks; see ``plan.require_programmable``.
         weights: fingerprint of their checkpoint.
         plan: what to build.
         inputs: examples, one for each batch and length.
@@ -81,14 +81,8 @@ def build(
         say: is called before each program.
 
     Raises:
-        CapabilityError: there is no compiler, or the backbone is a pretrained one: its inputs have no fixed shapes, and its
-            time goes into reading weights, which programs read as well.
+        CapabilityError: there is no compiler.
     """
-    if model.backbone.spec.rotary:
-        raise CapabilityError(
-            f"A {type(model.backbone).__name__} has no programs: its shapes depend on images and words, and its chunks take "
-            "their time for reading weights. Run it with --engine eager, or on a GPU with --engine graphs."
-        )
     store.require_compiler(plan.compiler)
     network = _network(model, plan.compiler, plan.precision)
     passes = reduce(or_, (compute.passes(model.backbone.spec.depth) for compute in plan.computes))

@@ -70,7 +70,7 @@ class DeployedModel(Model):
         """See ``Model``."""
         program = self.programs.find(programs.embed_key(inputs))
         if program is None:
-            return self.backbone.embed(inputs)
+            return programs.embedded(self.backbone, inputs)
         (hidden_BPW,) = program([tensor.contiguous() for tensor in programs.tensors_of(inputs)])
         return Prefix(self.backbone, hidden_BPW, inputs.padding_mask_BP, state_BS=inputs.state_BS)
 

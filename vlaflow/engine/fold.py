@@ -105,14 +105,16 @@ def _(codec: ActionCodec) -> nn.Module:
 
 @_fold.register
 def _(row: nn.Sequential) -> nn.Module:
-    """Neighbours that are linear in each other become one."""
+    """Neighbours that are linear in each other become one; what derives from a row or a linear layer may compute otherwise."""
+    if type(row) is not nn.Sequential:
+        return _fold.dispatch(nn.Module)(row)
     made: list[nn.Module] = []
     for module in map(_fold, row):
         before = made[-1] if made else None
-        if isinstance(module, nn.Linear) and isinstance(before, nn.Linear):
+        if type(module) is nn.Linear and type(before) is nn.Linear:
             made[-1] = _merged(before, module)
             continue
-        if isinstance(module, nn.Linear) and isinstance(before, nn.LayerNorm | nn.RMSNorm):
+        if type(module) is nn.Linear and isinstance(before, nn.LayerNorm | nn.RMSNorm):
             made[-1] = _into(before, module)
         made.append(module)
     return nn.Sequential(*made)

@@ -70,6 +70,8 @@ def _replaced(network: Net, kind: Callable[[nn.Linear], nn.Module]) -> Net:
     for parent in list(copied.modules()):
         if isinstance(parent, Block):
             parent.joined = True
+        if isinstance(parent, nn.TransformerEncoderLayer):  # which reads the matrices itself
+            continue
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, kind(child))

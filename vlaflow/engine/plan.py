@@ -6,11 +6,12 @@ Shape letters: B batch, L chunk size, T tokens, W width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import Backbone, Prefix
 from vlaflow.backbones.inputs import Inputs
@@ -26,6 +27,7 @@ from vlaflow.decoders.regression import RegressionDecoder
 from vlaflow.decoders.tokens import TokenDecoder
 from vlaflow.engine import modules, programs
 from vlaflow.engine.programs import Program, ProgramKey
+from vlaflow.errors import CapabilityError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.stacks.shared import Cache
 
@@ -46,10 +48,56 @@ def needed(model: Model, inputs: Iterable[Inputs], passes: Passes) -> list[Progr
     return list(found.values())
 
 
+def require_programmable(backbone: Backbone, inputs: Inputs) -> None:
+    """Refuse a backbone whose prefix would be another one if programs computed it.
+
+    Args:
+        backbone: any package's.
+        inputs: of observations whose instructions differ in length.
+
+    Raises:
+        CapabilityError: saying what a program is not given, or has no room for; of a pretrained one that its inputs have no
+            fixed shapes, and its time goes into reading weights, which programs read as well.
+    """
+    kind = type(backbone).__name__
+    if backbone.spec.rotary:
+        raise CapabilityError(
+            f"A {kind} has no programs: its shapes depend on images and words, and its chunks take "
+            "their time for reading weights. Run it with --engine eager, or on a GPU with --engine graphs."
+        )
+    given_BP = inputs.padding_mask_BP
+    with torch.no_grad():
+        prefix = backbone.embed(inputs)
+        bare = backbone.embed(replace(inputs, padding_mask_BP=None if given_BP is None else torch.ones_like(given_BP)))
+    mask_BP = prefix.padding_mask_BP
+    visible_BPW = prefix.hidden_BPW if mask_BP is None else prefix.hidden_BPW[mask_BP]
+    unmasked_BPW = bare.hidden_BPW if mask_BP is None else bare.hidden_BPW[mask_BP]
+    reasons = {
+        "it takes pictures of any size, and a program takes one (let views state the side)": None in backbone.views.values(),
+        "its processor makes tensors without a row for each observation": any(
+            len(tensor) != len(inputs) for tensor in programs.tensors_of(inputs)
+        ),
+        "its prefix has positions or a mask of its own, which programs are not given": any(
+            each is not None for each in (prefix.rotary, prefix.mask_PP, prefix.next_position_B)
+        ),
+        "its prefix hides other tokens than the padding mask of its processor": not _same(mask_BP, given_BP),
+        "its embedding reads the padding mask, which programs are not given": not torch.equal(visible_BPW, unmasked_BPW),
+        "its prefix has another state than its inputs": prefix.state_BS is not None
+        and not torch.equal(prefix.state_BS, inputs.state_BS),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise CapabilityError(f"A {kind} has no programs: {reason}. Run it with --engine eager.")
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
 def _of(model: Model, inputs: Inputs, passes: Passes) -> Iterator[Program]:
     backbone, bare = model.backbone, programs.unmasked(inputs)
     yield Program(programs.embed_key(inputs), modules.Embed(backbone, bare), tuple(programs.tensors_of(bare)))
-    embedded = backbone.embed(inputs)
+    embedded = programs.embedded(backbone, inputs)
 
     def prefix_at(depth: int, draws: int) -> Prefix:
         return model.read(embedded.select(torch.arange(len(inputs)).repeat_interleave(draws)), depth)

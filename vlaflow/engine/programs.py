@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.base import Backbone, Prefix
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.nn.attention import KeyValues
 from vlaflow.stacks.shared import Cache
@@ -113,6 +113,11 @@ def with_tensors(like: Inputs, tensors: Iterable[Tensor]) -> Inputs:
 def unmasked(inputs: Inputs) -> Inputs:
     """The same without the mask of the prefix tokens: what ``with_tensors`` puts the tensors of ``tensors_of`` into."""
     return replace(inputs, padding_mask_BP=None)
+
+
+def embedded(backbone: Backbone, inputs: Inputs) -> Prefix:
+    """The prefix as ``embed`` gives it, computed by the networks: tokens, and what the inputs say of mask and state."""
+    return replace(backbone.embed(inputs), state_BS=inputs.state_BS)
 
 
 def embed_key(inputs: Inputs) -> ProgramKey:

@@ -155,11 +155,17 @@ def _work(part: Callable[[], object], policy: Policy, passes: float) -> Work:
         read += sum(weight.numel() * weight.element_size() for weight in module.parameters(recurse=False))
 
     counter = FlopCounterMode(display=False)
+    # the counter follows gradients of what modules are given; views of weights, as of learned queries, have none to follow here
+    learned = [weight for weight in policy.model.parameters() if weight.requires_grad]
     hooks = [module.register_forward_hook(add) for module in policy.model.modules() if not isinstance(module, nn.Embedding)]
     try:
+        for weight in learned:
+            weight.requires_grad_(False)
         with counter:
             part()
     finally:
+        for weight in learned:
+            weight.requires_grad_(True)
         for hook in hooks:
             hook.remove()
     return Work(passes, counter.get_total_flops() / 1e9, read / 1e9)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlaflow.compute.base import Decoded
 from vlaflow.decoders.base import Tokens
-from vlaflow.errors import NotFiniteError
+from vlaflow.errors import NotFiniteError, SpecError
 from vlaflow.spec import ActionSpec, Chunk
 
 
@@ -31,7 +31,9 @@ def chunks(
 
     Raises:
         NotFiniteError: an action, or a judgement of it, is no number.
+        SpecError: chunks of another shape than the config and the action spec say.
     """
+    _require_shape(action_BLD, action_spec)
     _require_finite(action_BLD, out)  # before the range is clipped, which would make a bound of an infinite value
     low, high, steps = action_spec.low, action_spec.high, action_BLD.shape[1]
 
@@ -64,6 +66,15 @@ def _token_report(tokens: Tokens | None, row: int) -> dict[str, Any]:
         "revised": tuple(tokens.revised_BN[row].tolist()),
         "repaired": bool(tokens.repaired_B[row]),
     }
+
+
+def _require_shape(action_BLD: np.ndarray, action_spec: ActionSpec) -> None:
+    made, stated = action_BLD.shape[1:], (action_spec.chunk_size or action_BLD.shape[1], action_spec.dim)
+    if made != stated:
+        raise SpecError(
+            f"The policy made a chunk of shape {made}, and its config and action spec say {stated}: actions, and numbers of "
+            "each. Correct what its decoder's finish or the compute policy's decode returns."
+        )
 
 
 def _require_finite(action_BLD: np.ndarray, out: Decoded) -> None:

@@ -19,6 +19,7 @@ from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.engine import deploy
 from vlaflow.engine.deploy import TOLERANCE, DeploymentPlan, Opened
+from vlaflow.engine.plan import require_programmable
 from vlaflow.engine.programs import Program
 from vlaflow.engine.store import Deployment, Speed
 from vlaflow.errors import DeploymentError
@@ -47,17 +48,25 @@ def build(policy: Policy, folder: Path, plan: DeploymentPlan, say: Callable[[Pro
         say: is called before each program.
 
     Raises:
-        CapabilityError: there is no compiler, or the checkpoint lacks what a compute policy needs.
+        CapabilityError: there is no compiler, or the checkpoint lacks what a compute policy or programs need.
         DeploymentError: the programs give other chunks.
     """
     for compute in plan.computes:
         compute.needs.check(policy.model, compute.name, folder)
+    require_programmable(policy.model.backbone, _unlike(policy))
     processor = policy.processor.backbone.bucketed(plan.lengths)
 
     def judge(opened: Opened) -> Speed:
         return _compared(policy, replace(policy, model=opened.model, backbone_processor=processor), plan)
 
     return deploy.build(policy.model, fingerprint(folder), plan, _inputs(policy, plan), judge, say=say)
+
+
+def _unlike(policy: Policy) -> Inputs:
+    """Two observations of which one has a shorter instruction."""
+    observed = example(policy)
+    pair = [observed, replace(observed, instruction=observed.instruction[:4])]
+    return policy.processor(policy.own(ObservationBatch.collate(pair)))
 
 
 def _inputs(policy: Policy, plan: DeploymentPlan) -> Iterator[Inputs]:
