@@ -20,6 +20,7 @@ from vlaflow.data.filters import Filters, filtered
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.nn.block import BlockConfig
+from vlaflow.policies.dry_run import acting
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.policy_config import PolicyConfig
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup
@@ -134,6 +135,13 @@ COUNTS = Counts(
     matrices=700,
     root_matrices=100,
 )
+
+
+@pytest.mark.parametrize("name", ["baselines.fast_ar", "dfm_vla.demo_fast"])
+def test_a_tokenizer_that_only_the_data_can_decide_is_planned_with_as_many_tokens_as_movements_need(name):
+    """White noise needs more than the small backbone has positions for, and plan refused what train does on LIBERO's shape."""
+    config = find_recipe(name).config(LIBERO.spec)
+    assert torch.isfinite(acting(config.objective.policy, 96).loss(1, 4))
 
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])

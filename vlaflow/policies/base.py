@@ -128,6 +128,7 @@ class Policy:
         with torch.random.fork_rng(devices=[]), drawing():
             torch.manual_seed(seed)
             model = config.build()
+        config.require_positions(model.decoder.suffix_tokens)
         processor = config.backbone.processor(folder)
         config = replace(config, backbone=model.backbone.config)
         if not robots:

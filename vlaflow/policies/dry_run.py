@@ -18,6 +18,7 @@ from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.decoders.base import Decoder, Targets
 from vlaflow.decoders.rating import BaseRaterConfig
 from vlaflow.flows.consistency import Consistency, Teaching
+from vlaflow.nn.meta import on_meta
 from vlaflow.policies.base import PolicyConfig
 
 CHUNKS = 256
@@ -47,7 +48,7 @@ def acting(config: PolicyConfig, side: int, teach: Callable[[int, int], Teaching
     """Backbone and decoder learn to act.
 
     Args:
-        config: the assembly; a source is replaced by its architecture, and an action tokenizer fitted on noise.
+        config: the assembly; a source is replaced by its architecture, and an action tokenizer fitted on random walks.
         side: of the pictures in pixels.
         teach: what so many observations, through so many layers, are taught by in place of the data.
     """
@@ -113,9 +114,32 @@ def picturing(config: LatentConfig) -> DryRun:
     return DryRun(model, model, 1, loss, lambda batch: 0)
 
 
+def unlike(config: PolicyConfig, before: PolicyConfig) -> str | None:
+    """The first weight whose shape differs between two assemblies, in words; None where one can start from the other's weights.
+
+    Raters do not count. Only architectures are read, nothing is allocated; action tokenizers are fitted on the same random walks.
+    """
+    shapes = []
+    for each in (_without_weights(config), _without_weights(before)):
+        with torch.random.fork_rng(devices=[]), on_meta():
+            model = replace(each, rater=None).build()
+        shapes.append({name: " x ".join(map(str, weight.shape)) for name, weight in model.state_dict().items()})
+    own, theirs = shapes
+    found = next((name for name in sorted(own | theirs) if own.get(name) != theirs.get(name)), None)
+    return None if found is None else f"{found}: {own.get(found, 'none')}, and {theirs.get(found, 'none')} there"
+
+
+def random_walks(chunk_size: int, dim: int) -> np.ndarray:
+    """Chunks as steady as a robot's, in [−1, 1], float32 (CHUNKS, L, D).
+
+    FAST needs half as many tokens again for white noise.
+    """
+    step_NLD = np.random.default_rng(0).standard_normal((CHUNKS, chunk_size, dim), np.float32) / chunk_size**0.5
+    return np.clip(step_NLD.cumsum(1), -1, 1)
+
+
 def _without_weights(config: PolicyConfig) -> PolicyConfig:
     decoder = config.decoder
     if decoder.unfitted:
-        noise_NLD = np.random.default_rng(0).standard_normal((CHUNKS, decoder.chunk_size, decoder.action_dim), np.float32)
-        decoder = decoder.fitted(noise_NLD)
+        decoder = decoder.fitted(random_walks(decoder.chunk_size, decoder.action_dim))
     return replace(config, backbone=config.backbone.unread(), decoder=decoder)

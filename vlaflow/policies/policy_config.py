@@ -132,11 +132,7 @@ class PolicyConfig:
         return Normalizer.of_actions(stats["action"], names, self.action_normalisation, *limits)
 
     def build(self) -> Model:
-        """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy.
-
-        Raises:
-            ConfigError: the parts do not fit each other, such as a chunk of more tokens than the backbone has positions for.
-        """
+        """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy."""
         backbone = self.backbone.build()
         depth = backbone.spec.depth
         if self.exits is not None and self.exits.depths[-1] != depth:
@@ -145,14 +141,18 @@ class PolicyConfig:
                 "with it, or set exits=none."
             )
         decoder = self.decoder.build(backbone.spec)
-        self._require_positions(decoder.suffix_tokens)
         decoder.begin_from(backbone)
         if self.exits is not None:
             decoder.learn_exits(self.exits)
         rater = self.rater.build(backbone.spec, self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
         return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
 
-    def _require_positions(self, tokens: int) -> None:
+    def require_positions(self, tokens: int) -> None:
+        """Refuse chunks of so many tokens behind an observation's, where the backbone has no positions for them.
+
+        Raises:
+            ConfigError: naming the key that raises their number.
+        """
         limit = self.backbone.longest_suffix
         if limit is not None and tokens > limit.size:
             raise ConfigError(

@@ -15,7 +15,9 @@ from vlaflow.data.weights import DatasetEntry, Member, weights_of
 from vlaflow.data.windows import require_tasks
 from vlaflow.errors import ConfigError, nearest
 from vlaflow.packages import packages_of, require
+from vlaflow.policies.dry_run import unlike
 from vlaflow.policies.mixing import labels
+from vlaflow.policies.policy_config import PolicyConfig
 from vlaflow.policies.recipe import DataSpec, EarlierStages, Objective, OpenedDataset, TrainConfig
 from vlaflow.training import checkpoint
 from vlaflow.training.options import Options, overridden
@@ -100,6 +102,8 @@ def plan(pipeline: Recipe, given: Sequence[DatasetEntry], out: Path, options: Op
             duration = config.chunk_s
         before = earlier if recipe.continues else replace(earlier, policy=None)
         afterwards = [config.objective.check_plan(config, each.dataset, assets, before, f"{name}.") for each in datasets]
+        if before.policy is not None and afterwards[-1].policy is not None:
+            require_networks(afterwards[-1].policy, before.policy, name)
         earlier = replace(afterwards[-1], policy=afterwards[-1].policy or earlier.policy)
         mine = replace(options, overrides=own, fresh=False, vqa=assets.vqa, tokenizer=assets.tokenizer)
         planned.append(Planned(recipe, folder, mine, config.objective))
@@ -107,6 +111,20 @@ def plan(pipeline: Recipe, given: Sequence[DatasetEntry], out: Path, options: Op
         for found in planned:
             checkpoint.require_run_of(found.folder, found.recipe.name)
     return planned
+
+
+def require_networks(policy: PolicyConfig, before: PolicyConfig, stage: str) -> None:
+    """Refuse a stage whose networks could not start from the weights of the stage before; none are made or read for this.
+
+    Raises:
+        ConfigError: naming a weight that differs.
+    """
+    same = (policy.backbone, policy.decoder, policy.exits) == (before.backbone, before.decoder, before.exits)
+    if not same and (difference := unlike(policy, before)):
+        raise ConfigError(
+            f"The networks of '{stage}' are not those of the stage before ({difference}), so they cannot start from its "
+            f"weights. Leave out the --set {stage}.policy... that changes them, or set the same in the stage before."
+        )
 
 
 def overrides_by_stage(pipeline: Recipe, overrides: Mapping[str, str]) -> dict[str, StageOverrides]:
