@@ -117,7 +117,7 @@ def picturing(config: LatentConfig) -> DryRun:
 def unlike(config: PolicyConfig, before: PolicyConfig) -> str | None:
     """The first weight whose shape differs between two assemblies, in words; None where one can start from the other's weights.
 
-    Raters do not count. Only architectures are read, nothing is allocated; action tokenizers are fitted on the same random walks.
+    Raters do not count. Nothing is allocated or read but architectures; action tokenizers are fitted on random walks.
     """
     shapes = []
     for each in (_without_weights(config), _without_weights(before)):
