@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.ndimage import maximum_filter
 
 CELL = 0.004
 """Side of a cell of a height map."""
@@ -110,6 +109,8 @@ def window_maximum(heights: np.ndarray, half_u: float, half_v: float, shift_u: f
         half_v: half of the rectangle's side along v.
         shift_u: distance along u from the cell to the middle of the rectangle.
     """
+    from scipy.ndimage import maximum_filter
+
     shift, sides = round(shift_u / CELL), [2 * round(half / CELL) + 1 for half in (half_u, half_v)]
     wider = np.pad(heights, ((max(0, -shift), max(0, shift)), (0, 0)), constant_values=NOTHING)
     return maximum_filter(wider, sides, mode="constant", cval=NOTHING)[max(0, shift) :][: len(heights)]
