@@ -161,7 +161,7 @@ def test_a_stage_may_name_no_codes(dataset, tmp_path):
         ),
         (
             ["--set", "fine.policy.backbone.ffn=96"],
-            r"networks of 'fine' are not those of the stage before \(backbone\.\S+: 96, .*, 64.*\).*--set fine\.policy",
+            r"networks of 'fine' are not those of the stage before \(backbone\.\S+: .*96, and .*64 there\).*--set fine\.policy",
         ),
         (["--set", "fine.policy.decoder.fast=none"], r"networks of 'fine' are not .*\(decoder\.fast\.\S+: none, and "),
         (["--latent", "runs/latent"], "trains a latent action model of its own; leave --latent out"),

@@ -240,6 +240,7 @@ def test_what_does_not_fit_is_one_sentence(dataset, asked, tmp_path):
     lines.write_text(lines.read_text().replace("Dark or", "Is it dark or"))
     for short, message in (("text_bytes=16", "text_bytes"), ("suffix=4", "suffix")):
         small = ["--set", "policy.backbone.answers=true", "--set", f"policy.backbone.{short}"]
+        small += ["--set", "policy.decoder.chunk_size=4", "--set", "policy.n_action_steps=4"]  # as many tokens as positions
         with pytest.raises(SpecError, match=rf"of question '.*' in .* bytes, the policy takes at most .*\.{message}"):
             command.main([*given, "--vqa", str(wordy), *small])
     assert not (tmp_path / "p").exists()
