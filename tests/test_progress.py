@@ -7,6 +7,11 @@ import pytest
 from vlaflow.progress import QUIET_SECONDS, Lines, counting, duration, progress, seconds_left
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_a_log_gets_a_line_now_and_then_with_the_time_left_and_one_at_the_end():
     now, out = [0.0], io.StringIO()
     lines = Lines(10, "Recording", out, clock=lambda: now[0])
@@ -30,10 +35,6 @@ def test_what_was_done_before_counts_as_position_and_not_as_pace():
 
 
 def test_a_bar_begins_where_the_work_was_left():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     out = Terminal()
     with progress(4000, "Training", out, done=3000) as bar:
         bar.advance()
@@ -55,10 +56,6 @@ def test_progress_without_a_terminal_draws_no_bar():
 
 
 def test_progress_in_a_terminal_draws_a_bar_with_the_count_and_the_note():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     out = Terminal()
     with progress(3, "Training", out) as bar:
         bar.advance(3, note="loss 0.12 [kept]")

@@ -50,6 +50,6 @@ def spans(numbers: Iterable[int]) -> str:
     return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in zip(begins, ends, strict=True))
 
 
-def as_typed(checkpoint: Path | None) -> str:
-    """The folder of a checkpoint as it is typed in a shell; ``CKPT`` where it is not known."""
+def as_typed(checkpoint: Path | str | None) -> str:
+    """The folder or Hub name of a checkpoint as it is typed in a shell; ``CKPT`` where it is not known."""
     return "CKPT" if checkpoint is None else shlex.quote(str(checkpoint))

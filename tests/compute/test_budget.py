@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from math import inf
+from pathlib import Path
 
 import pytest
 
 from vlaflow.compute.budget import LADDER, PROFILE, Ladder, Profile, Rung, choose, profile_file, save, within
-from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, ShareTarget, load_exit
+from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, ShareTarget, load_exit, with_folder
 from vlaflow.compute.cost import ChunkWork, CostModel, Work
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import ExitPlan
@@ -234,3 +235,9 @@ def test_milliseconds_that_were_measured_eagerly_are_converted_by_both_costs():
     half = replace(FASTER, cost=CostModel(0.5, 0.25, 0.5))
     assert half.converted(10.0, 10, 33, TIMES) == pytest.approx(5.0)
     assert TIMES.converted(10.0, 10, 33, TIMES) == pytest.approx(10.0)
+
+
+def test_a_cure_names_the_folder_and_leaves_a_path_with_the_placeholders_name():
+    """Who follows the documentation to the letter has a folder called CKPT."""
+    said = with_folder("latency.json in /runs/CKPT/a was measured elsewhere: vlaflow bench latency CKPT", Path("/runs/CKPT/a"))
+    assert said == "latency.json in /runs/CKPT/a was measured elsewhere: vlaflow bench latency /runs/CKPT/a"

@@ -47,24 +47,11 @@ class BackboneSpec:
 
 
 @dataclass(frozen=True)
-class TextLimit:
-    """How much text a backbone takes.
+class InputLimit:
+    """How much of something a backbone takes.
 
     Args:
-        size: bytes of UTF-8.
-        key: the config's field that raises it.
-    """
-
-    size: int
-    key: str
-
-
-@dataclass(frozen=True)
-class TokenLimit:
-    """How many tokens a backbone takes.
-
-    Args:
-        size: tokens.
+        size: bytes of UTF-8 of a text, or tokens.
         key: the config's field that raises it.
     """
 
@@ -138,17 +125,17 @@ class BackboneConfig(Part, ABC):
         return InputSize()
 
     @property
-    def longest_instruction(self) -> TextLimit | None:
+    def longest_instruction(self) -> InputLimit | None:
         """The longest instruction it reads; None where there is no fixed limit."""
         return None
 
     @property
-    def longest_answer(self) -> TextLimit | None:
+    def longest_answer(self) -> InputLimit | None:
         """The longest answer it learns to give; None where there is no fixed limit."""
         return None
 
     @property
-    def longest_suffix(self) -> TokenLimit | None:
+    def longest_suffix(self) -> InputLimit | None:
         """The most tokens that it has positions for behind an observation's; None where there is no fixed limit."""
         return None
 

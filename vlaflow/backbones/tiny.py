@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.base import BackboneConfig, BackboneSpec, InputSize, Prefix, Rotary, TextLimit, TokenLimit
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, InputLimit, InputSize, Prefix, Rotary
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.language import LanguageBackbone
 from vlaflow.backbones.sentences import SentenceSpec, encoder_spec, open_encoder
@@ -119,19 +119,19 @@ class TinyConfig(BackboneConfig):
         return self.answers
 
     @property
-    def longest_instruction(self) -> TextLimit | None:
+    def longest_instruction(self) -> InputLimit | None:
         """A byte each; a sentence encoder has a limit of its own."""
-        return TextLimit(self.text_bytes, "text_bytes") if self.text == "bytes" else None
+        return InputLimit(self.text_bytes, "text_bytes") if self.text == "bytes" else None
 
     @property
-    def longest_answer(self) -> TextLimit:
+    def longest_answer(self) -> InputLimit:
         """A byte each, and the end."""
-        return TextLimit(self.suffix - 1, "suffix")
+        return InputLimit(self.suffix - 1, "suffix")
 
     @property
-    def longest_suffix(self) -> TokenLimit:
+    def longest_suffix(self) -> InputLimit:
         """A learned position each."""
-        return TokenLimit(self.suffix, "suffix")
+        return InputLimit(self.suffix, "suffix")
 
     def rater_block(self) -> BlockConfig:
         """A block like its own, with four times the width in between."""

@@ -36,7 +36,7 @@ Calibrated = TypeVar("Calibrated", bound="Provenance")
 
 def with_folder(cure: str, folder: Path) -> str:
     """A cure with the folder of the checkpoint in place of ``CKPT``, as it is typed in a shell."""
-    return cure.replace("CKPT", as_typed(folder))
+    return cure.replace(" CKPT", f" {as_typed(folder)}")  # as a word: a folder above may have this name
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from vlaflow.serving.conversation import Conversation, WireProtocol
 from vlaflow.serving.request_arrays import array_of
 from vlaflow.serving.request_log import RequestEntry
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
+from vlaflow.text import as_typed
 
 if TYPE_CHECKING:
     from vlaflow.serving.server import PolicyServer
@@ -125,8 +126,7 @@ class OpenpiConversation(Conversation):
     def _within(self, budget_ms: float) -> ComputePolicy:
         budget = self.server.config.budget
         if budget is None:
-            checkpoint = self.server.config.checkpoint or "CKPT"
-            cure = f"measure one: vlaflow bench latency {checkpoint}"
+            cure = f"measure one: vlaflow bench latency {as_typed(self.server.config.checkpoint or None)}"
             raise RequestError(f"This server has no latency profile for budget_ms; {cure}")
         try:
             return budget(budget_ms)
